@@ -1,0 +1,113 @@
+"""Image <-> bitstream: the protocol, and how to get an implementation.
+
+Importing this module costs nothing: torch is loaded by :func:`load_codec`, when a codec is really
+wanted. Everything above this layer knows codecs only as :class:`ImageCodec`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dicmh_ray.codec.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, read_checkpoint
+
+__all__ = [
+    "DEFAULT_CHECKPOINT",
+    "Checkpoint",
+    "ImageCodec",
+    "Quality",
+    "load_codec",
+    "read_checkpoint",
+]
+
+
+class Quality(NamedTuple):
+    """How close a decoded picture is to its source."""
+
+    psnr: float
+    """dB over all RGB samples of the unpadded picture; at most 100."""
+
+    worst_tile_psnr: float
+    """dB of the worst 64x64 tile (tiles at the right and bottom edge may be smaller); at most 100."""
+
+    ms_ssim: float | None
+    """Multi-scale SSIM of the luma, 0..1; None where a side is below 176 pixels."""
+
+
+class ImageCodec(Protocol):
+    """What encodes and decodes images. Implementations are safe to use from one thread at a time."""
+
+    codec_id: str
+    """SHA-256 of the checkpoint, 64 hex digits."""
+
+    num_states: int
+    """States of a full stream, K."""
+
+    latent_channels: int
+    """C of the decoded latent."""
+
+    def encode(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        tags: Sequence[Sequence[str]],
+        exif_orientations: Sequence[int],
+    ) -> list[bytes]:
+        """Encode pictures of any sizes to full streams of K states.
+
+        Every stream has been decoded again and compared symbol by symbol before it is returned.
+
+        Args:
+            images: each uint8 ``[H, W, 3]``, RGB, upright, ``1 <= H, W <= 65535``.
+            tags: for each image the tags its stream carries.
+            exif_orientations: for each image the EXIF orientation (1..8) its source had.
+
+        Raises:
+            EncodeError: a latent is not finite, or a stream does not verify.
+        """
+
+    def decode(
+        self, bitstreams: Sequence[bytes], *, states: int | None = None, view: str = "machine"
+    ) -> list[npt.NDArray[np.uint8]]:
+        """Decode streams to uint8 ``[H, W, 3]`` RGB pictures, from their first ``states`` states.
+
+        Raises:
+            BitstreamError: the bytes are bad.
+            CodecMismatchError: another checkpoint wrote them.
+        """
+
+    def decode_latent(
+        self, bitstreams: Sequence[bytes], *, states: int | None = None
+    ) -> list[npt.NDArray[np.float16]]:
+        """Entropy-decode only: float16 ``[C, h, w]`` dequantised latents. Raises as ``decode``."""
+
+    def measure(
+        self,
+        originals: Sequence[npt.NDArray[np.uint8]],
+        decoded: Sequence[npt.NDArray[np.uint8]],
+    ) -> list[Quality]:
+        """Compare pairs of uint8 ``[H, W, 3]`` pictures of equal shape."""
+
+
+def load_codec(
+    checkpoint: str | Path = DEFAULT_CHECKPOINT,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+) -> ImageCodec:
+    """Load a codec: its networks, tables and verified weights.
+
+    Args:
+        checkpoint: ``"default"`` for the one in the package, or a checkpoint directory.
+        device: a torch device, or ``"auto"`` for CUDA where there is one and the CPU otherwise.
+        threads: CPU threads torch may use in this process; None leaves torch's choice.
+
+    Raises:
+        WeightsError: the checkpoint is missing, incomplete or damaged.
+        MissingExtraError: torch or another library of the ``codec`` extra is not installed.
+    """
+    from dicmh_ray.codec.layered_codec import load_layered_codec
+
+    return load_layered_codec(checkpoint, device=device, threads=threads)
