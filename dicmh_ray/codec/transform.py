@@ -1,0 +1,148 @@
+"""Pixels <-> z: the small autoencoder of the default codec.
+
+A lapped 8x8 block transform that starts as an orthonormal colour transform and DCT, and residual
+blocks at 1/8 resolution around an identity path. At step 0 of training it *is* the DCT, so that
+little compute goes far; everything in it is then learned.
+
+Shape suffixes: B images, C channels, H W pixels, h w the 1/8 grid.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PATCH = 8
+"""Pixels per side of a cell of z."""
+
+
+def colour_basis() -> Tensor:
+    """Float32 ``[3, 3]`` orthonormal rows: luma, red-blue, green-magenta."""
+    rows = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def dct_basis(size: int = PATCH) -> Tensor:
+    """Float32 ``[size, size]`` orthonormal DCT-II rows."""
+    n = torch.arange(size, dtype=torch.float64)
+    basis = torch.cos(math.pi * (n[None, :] + 0.5) * n[:, None] / size) * math.sqrt(2 / size)
+    basis[0] /= math.sqrt(2)
+    return basis.float()
+
+
+def patch_basis(num_luma: int = 64, num_chroma: int = 16) -> Tensor:
+    """The colour-DCT basis functions that z starts with.
+
+    Returns:
+        Float32 ``[num_luma + 2 num_chroma, 3, 8, 8]``, orthonormal; in each plane the lowest
+        frequencies, ordered by ``u + v``.
+    """
+    dct, colour = dct_basis(), colour_basis()
+    order = sorted(
+        ((u, v) for u in range(PATCH) for v in range(PATCH)), key=lambda f: (sum(f), max(f), f)
+    )
+    kernels = []
+    for plane, count in ((0, num_luma), (1, num_chroma), (2, num_chroma)):
+        for u, v in order[:count]:
+            kernels.append(torch.einsum("c,y,x->cyx", colour[plane], dct[u], dct[v]))
+    return torch.stack(kernels)
+
+
+class ResidualBlock(nn.Module):
+    """``x + conv(act(conv(x)))``; the last convolution starts at zero, so the block is the identity.
+
+    With ``num_states`` the hidden activations are scaled and shifted by the state.
+    """
+
+    def __init__(self, channels: int, hidden: int, *, num_states: int = 0) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv_out = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.film = StateFilm(num_states, hidden) if num_states else None
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(_bias(self.conv_out))
+
+    def forward(self, x_BChw: Tensor, state_B: Tensor | None = None) -> Tensor:
+        hidden = self.conv_in(x_BChw)
+        if self.film is not None:
+            hidden = self.film(hidden, state_B)
+        return x_BChw + self.conv_out(F.leaky_relu(hidden, 0.1, inplace=True))
+
+
+class BottleneckBlock(nn.Module):
+    """As :class:`ResidualBlock`, with its 3x3 convolution in a narrow middle."""
+
+    def __init__(self, channels: int, hidden: int, *, num_states: int = 0) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, hidden, 1)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.expand = nn.Conv2d(hidden, channels, 1)
+        self.film = StateFilm(num_states, hidden) if num_states else None
+        nn.init.zeros_(self.expand.weight)
+        nn.init.zeros_(_bias(self.expand))
+
+    def forward(self, x_BChw: Tensor, state_B: Tensor | None = None) -> Tensor:
+        hidden = self.conv(F.leaky_relu(self.reduce(x_BChw), 0.1, inplace=True))
+        if self.film is not None:
+            hidden = self.film(hidden, state_B)
+        return x_BChw + self.expand(F.leaky_relu(hidden, 0.1, inplace=True))
+
+
+class StateFilm(nn.Module):
+    """A scale and a shift for each channel and diffusion state; starts as the identity."""
+
+    def __init__(self, num_states: int, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_states, channels))
+        self.shift = nn.Parameter(torch.zeros(num_states, channels))
+
+    def forward(self, x_BChw: Tensor, state_B: Tensor | None) -> Tensor:
+        if state_B is None:
+            raise ValueError("a block with states needs to be told the state of each image")
+        scale, shift = self.scale[state_B], self.shift[state_B]
+        return x_BChw * scale[:, :, None, None] + shift[:, :, None, None]
+
+
+class PatchAutoencoder(nn.Module):
+    """Pixels <-> z at 1/8 resolution, in units of 8-bit sample values.
+
+    z is expressed in multiples of ``z_scale``, a fixed standard deviation for each channel, so
+    that the blocks see values of order one whatever the frequency.
+    """
+
+    def __init__(self, *, num_luma: int, num_chroma: int, blocks: int, hidden: int) -> None:
+        super().__init__()
+        self.channels = num_luma + 2 * num_chroma
+        self.analysis = nn.Conv2d(3, self.channels, 2 * PATCH, stride=PATCH, padding=PATCH // 2)
+        self.synthesis = nn.ConvTranspose2d(
+            self.channels, 3, 2 * PATCH, stride=PATCH, padding=PATCH // 2
+        )
+        self.blocks = nn.ModuleList(
+            ResidualBlock(self.channels, hidden) for _ in range(blocks)
+        )
+        self.z_scale: Tensor
+        self.register_buffer("z_scale", torch.ones(self.channels))
+        basis = F.pad(patch_basis(num_luma, num_chroma), [PATCH // 2] * 4)
+        with torch.no_grad():
+            for layer in (self.analysis, self.synthesis):
+                layer.weight.copy_(basis)
+                _bias(layer).zero_()
+
+    def encode(self, x_B3HW: Tensor) -> Tensor:
+        """Sample values 0..255 -> z, float ``[B, C, H/8, W/8]``; H and W are multiples of 8."""
+        z = self.analysis(x_B3HW - 128.0) / self.z_scale[:, None, None]
+        for block in self.blocks:
+            z = block(z)
+        return z
+
+    def decode(self, z_BChw: Tensor) -> Tensor:
+        """z -> sample values, float ``[B, 3, H, W]``, not clamped."""
+        x: Tensor = self.synthesis(z_BChw * self.z_scale[:, None, None])
+        return x + 128.0
+
+
+def _bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    if layer.bias is None:
+        raise ValueError("the layer has no bias")
+    return layer.bias
