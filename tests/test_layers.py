@@ -1,0 +1,141 @@
+"""Who may import whom, read from the source. A new module must declare itself here.
+
+A layer imports lower layers; ``source``, ``codec`` and ``archive`` are siblings and stay apart.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import dicmh_ray
+
+PACKAGE = Path(dicmh_ray.__file__).parent
+
+FLOOR = {"bitstream", "checksum", "errors", "tags"}
+LOW = FLOOR | {"archive", "reader", "source"}
+MAY_IMPORT = {
+    "errors": set(),
+    "checksum": {"numpy"},
+    "tags": {"errors"},
+    "bitstream": FLOOR | {"numpy"},
+    "source": FLOOR | {"PIL", "fsspec", "numpy", "pyarrow"},
+    "codec": FLOOR
+    | {"PIL", "compressai", "constriction", "diffusers", "numpy", "safetensors", "torch"}
+    | {"pytorch_msssim", "torchvision"},
+    "archive": FLOOR | {"fsspec", "numpy", "pyarrow"},
+    "reader": FLOOR | {"archive", "fsspec", "numpy", "pyarrow"},
+    "pipeline": LOW | {"codec", "numpy", "pyarrow"},
+    "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
+    "ray_plugin": LOW | {"codec", "numpy", "pipeline", "pyarrow", "ray", "views"},
+    "bench": LOW | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "rich", "views"},
+    "cli": LOW
+    | {"PIL", "bench", "codec", "dicmh_ray", "numpy", "pipeline", "ray_plugin", "rich", "typer"}
+    | {"views"},
+    "__init__": LOW | {"codec", "pipeline", "ray_plugin", "views"},
+    "__main__": {"cli"},
+}
+
+LAZY = {
+    ("codec/__init__.py", "dicmh_ray.codec"): "load_codec is what loads torch",
+    ("bench/rd.py", "bjontegaard"): "the bench extra",
+    ("bench/plots.py", "matplotlib"): "the bench extra",
+}
+"""The imports inside functions, each with its reason: an optional extra, or a heavy start."""
+
+FORBIDDEN = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "ray.data._internal")
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "torch.load", "__import__"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def part_of(path):
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports_of(tree):
+    """Every import: (dotted module, names taken from it, relative level, inside a function)."""
+    lazy = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, (), 0, id(node) in lazy
+        elif isinstance(node, ast.ImportFrom):
+            names = tuple(alias.name for alias in node.names)
+            yield node.module or "", names, node.level, id(node) in lazy
+
+
+def parts_imported(module, names):
+    """The part of our package, or the foreign top-level package, that an import reaches."""
+    top, _, rest = module.partition(".")
+    if top != "dicmh_ray":
+        return [top]
+    if rest:
+        return [rest.partition(".")[0]]
+    return [name if name in MAY_IMPORT else "dicmh_ray" for name in names] or ["dicmh_ray"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_module_imports_only_what_its_layer_may(path):
+    part = part_of(path)
+    allowed = MAY_IMPORT[part] | {part} | set(sys.stdlib_module_names)
+    for module, names, level, _ in imports_of(ast.parse(path.read_text())):
+        assert level == 0, f"relative import of {module}"
+        for imported in parts_imported(module, names):
+            assert imported in allowed, f"{part} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_an_import_inside_a_function_has_a_reason_on_the_list(path):
+    for module, _, _, is_lazy in imports_of(ast.parse(path.read_text())):
+        if is_lazy:
+            assert any(
+                name_of(path) == file and (module == name or module.startswith(name + "."))
+                for file, name in LAZY
+            ), f"lazy import of {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_that_runs_code_from_data_is_used(path):
+    tree = ast.parse(path.read_text())
+    for module, names, _, _ in imports_of(tree):
+        for full in (module, *(f"{module}.{name}" for name in names)):
+            assert not any(full == bad or full.startswith(bad + ".") for bad in FORBIDDEN), full
+            assert full not in FORBIDDEN_CALLS
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, f"line {node.lineno}"
+
+
+def test_only_one_folder_knows_torch_and_only_one_knows_ray():
+    for foreign, home in [("torch", "codec"), ("ray", "ray_plugin"), ("constriction", "codec")]:
+        assert [part for part, allowed in MAY_IMPORT.items() if foreign in allowed] == [home]
+
+
+def test_siblings_do_not_know_each_other():
+    siblings = {"source", "codec", "archive"}
+    for one in siblings:
+        assert not MAY_IMPORT[one] & (siblings - {one})
+
+
+def test_the_table_has_no_cycle():
+    done = set()
+    while len(done) < len(MAY_IMPORT):
+        ready = {
+            part
+            for part, allowed in MAY_IMPORT.items()
+            if part not in done and not (allowed & set(MAY_IMPORT)) - done - {part}
+        }
+        assert ready, f"a cycle among {sorted(set(MAY_IMPORT) - done)}"
+        done |= ready
