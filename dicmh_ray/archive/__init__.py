@@ -1,0 +1,38 @@
+"""Archive v1: rows in Parquet on any store, committed unit by unit, verified to the byte.
+
+    plan.json ─> part(s) ─> index ─> commit/<unit>.json ─> ... ─> manifest/000001.json
+
+Only ``commit/`` and ``manifest/`` say what belongs to an archive; nothing trusts a listing of
+``data/``. ``schemas/archive.v1.md`` is the contract.
+"""
+
+from dicmh_ray.archive.commit import Commit, PartFacts, UnitStatistics
+from dicmh_ray.archive.manifest import Manifest
+from dicmh_ray.archive.part import PartOptions
+from dicmh_ray.archive.plan import Plan
+from dicmh_ray.archive.schema import ARROW_SCHEMA, BLOBS, SMALL_COLUMNS, EncodedImage, row_crc32c
+from dicmh_ray.archive.snapshot import ArchiveStatistics, Snapshot, open_snapshot
+from dicmh_ray.archive.store import Store, open_store, probe
+from dicmh_ray.archive.writer import ArchiveWriter, create_archive
+
+__all__ = [
+    "ARROW_SCHEMA",
+    "BLOBS",
+    "SMALL_COLUMNS",
+    "ArchiveStatistics",
+    "ArchiveWriter",
+    "Commit",
+    "EncodedImage",
+    "Manifest",
+    "PartFacts",
+    "PartOptions",
+    "Plan",
+    "Snapshot",
+    "Store",
+    "UnitStatistics",
+    "create_archive",
+    "open_snapshot",
+    "open_store",
+    "probe",
+    "row_crc32c",
+]

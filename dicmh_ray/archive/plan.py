@@ -1,0 +1,89 @@
+"""What a job will do, fixed before it does any of it: units, codec, parameters."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dicmh_ray.archive.sealed import digest, seal, unseal
+from dicmh_ray.errors import CorruptObjectError
+
+PLAN_NAME = "plan.json"
+PLAN_FORMAT = "dicmh.archive.plan"
+PLAN_VERSION = 1
+
+_UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_CODEC_ID = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The units of work of an archive. Two jobs with equal plans continue each other's work."""
+
+    units: Sequence[Mapping[str, Any]]
+    """One JSON object a unit, with a ``name`` that is fit for a file name and unique ignoring
+    case; whatever else the source layer needs to read the unit again."""
+
+    codec_id: str
+    """SHA-256 of the checkpoint, 64 hex digits."""
+
+    parameters: Mapping[str, Any]
+    """Everything else that decides what the rows are: policy, source options."""
+
+    def __post_init__(self) -> None:
+        if not _CODEC_ID.fullmatch(self.codec_id):
+            raise ValueError(f"codec_id {self.codec_id!r} is not 64 hex digits")
+        seen: set[str] = set()
+        for name in self.unit_names:
+            if not _UNIT_NAME.fullmatch(name) or name.lower() in seen:
+                raise ValueError(f"unit name {name!r} is not fit for a file name, or not unique")
+            seen.add(name.lower())
+        if _has_storage_options([*self.units, self.parameters]):
+            raise ValueError("storage_options may hold credentials: they are not written")
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Names of all units, in plan order."""
+        return tuple(str(unit["name"]) for unit in self.units)
+
+    @property
+    def plan_id(self) -> str:
+        """SHA-256 of the canonical plan, 64 hex digits."""
+        return digest({**self._body(), "format": PLAN_FORMAT, "version": PLAN_VERSION})
+
+    def to_bytes(self) -> bytes:
+        """The bytes of ``plan.json``."""
+        return seal(PLAN_FORMAT, PLAN_VERSION, self._body())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Plan":
+        """Read ``plan.json``.
+
+        Raises:
+            CorruptObjectError: the bytes are not a plan as :meth:`to_bytes` writes it.
+            SchemaVersionError: a plan of another version.
+        """
+        body = unseal(PLAN_NAME, data, PLAN_FORMAT, PLAN_VERSION)
+        try:
+            return cls(
+                units=tuple(body["units"]),
+                codec_id=body["codec_id"],
+                parameters=body["parameters"],
+            )
+        except (KeyError, TypeError, ValueError) as exc:
+            raise CorruptObjectError(PLAN_NAME, f"not a plan: {exc!r}") from exc
+
+    def _body(self) -> dict[str, Any]:
+        return {
+            "units": [dict(unit) for unit in self.units],
+            "codec_id": self.codec_id,
+            "parameters": dict(self.parameters),
+        }
+
+
+def _has_storage_options(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value.get("storage_options")) or any(map(_has_storage_options, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_storage_options, value))
+    return False

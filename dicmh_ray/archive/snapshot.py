@@ -1,0 +1,182 @@
+"""What an archive holds at one moment: a fixed list of commits, whatever is written meanwhile."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from dicmh_ray.archive.codec_files import read_codec_files
+from dicmh_ray.archive.commit import (
+    PARALLEL_REQUESTS,
+    Commit,
+    ObjectFacts,
+    PartFacts,
+    UnitStatistics,
+    read_commits,
+)
+from dicmh_ray.archive.manifest import (
+    MANIFEST_PREFIX,
+    Manifest,
+    manifest_name,
+    manifest_numbers,
+)
+from dicmh_ray.archive.part import read_index
+from dicmh_ray.archive.plan import PLAN_NAME, Plan
+from dicmh_ray.archive.store import Store, open_store
+from dicmh_ray.errors import ArchiveNotFoundError, CorruptObjectError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArchiveStatistics(UnitStatistics):
+    """Sums over the whole snapshot, and where it comes from."""
+
+    units: int
+    """Units in the plan."""
+
+    committed: int
+    """Units whose rows are in this snapshot."""
+
+    mean_bpp: float | None
+    """Bits of all ``ok`` bitstreams over all their pixels; None without such rows."""
+
+    codec_id: str
+    """Checkpoint, 64 hex digits."""
+
+    plan_id: str
+    """Plan, 64 hex digits."""
+
+    parameters: Mapping[str, Any]
+    """The plan's parameters."""
+
+    created_by: str
+    """Software that wrote the newest record."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """An immutable list of committed units. Pickles small; workers read from it alone."""
+
+    store: Store
+    """Where the objects are."""
+
+    plan: Plan
+    """What the archive is meant to hold."""
+
+    commits: tuple[Commit, ...]
+    """Committed units in plan order."""
+
+    manifest: Manifest | None
+    """None while the archive is unfinished."""
+
+    @property
+    def uri(self) -> str:
+        """Address of the archive, without credentials."""
+        return self.store.uri
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a manifest says that every unit of the plan is here."""
+        return self.manifest is not None
+
+    @property
+    def codec_id(self) -> str:
+        """Checkpoint that wrote the bitstreams."""
+        return self.plan.codec_id
+
+    @property
+    def parts(self) -> tuple[PartFacts, ...]:
+        """All parts in row order."""
+        return tuple(part for commit in self.commits for part in commit.parts)
+
+    @property
+    def statistics(self) -> ArchiveStatistics:
+        """Sums over all commits; no request."""
+        total = sum((commit.statistics for commit in self.commits), start=UnitStatistics())
+        makers: list[Manifest | Commit] = [*self.commits[:1]]
+        if self.manifest is not None:
+            makers.insert(0, self.manifest)
+        return ArchiveStatistics(
+            **asdict(total),
+            units=len(self.plan.units),
+            committed=len(self.commits),
+            mean_bpp=8 * total.ok_bitstream_bytes / total.ok_pixels if total.ok_pixels else None,
+            codec_id=self.plan.codec_id,
+            plan_id=self.plan.plan_id,
+            parameters=self.plan.parameters,
+            created_by=makers[0].created_by if makers else "",
+        )
+
+    def codec_files(self) -> dict[str, bytes]:
+        """The checkpoint's files by relative name, verified."""
+        return read_codec_files(self.store, self.codec_id)
+
+    def read_index(self, commit: Commit) -> pa.Table:
+        """The row index of one unit, verified; one request.
+
+        Raises:
+            CorruptObjectError: it is missing or damaged.
+        """
+        return read_index(commit.index.name, read_object(self.store, commit.index))
+
+    def read_indexes(self) -> list[pa.Table]:
+        """The row index of every unit, in plan order."""
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+            return list(pool.map(self.read_index, self.commits))
+
+
+def read_object(store: Store, facts: ObjectFacts | PartFacts) -> bytes:
+    """A whole object, its SHA-256 verified.
+
+    Raises:
+        CorruptObjectError: it is missing or damaged.
+    """
+    try:
+        data = store.get(facts.name)
+    except FileNotFoundError as exc:
+        raise CorruptObjectError(facts.name, "is missing") from exc
+    found = ObjectFacts.of(facts.name, data)
+    if found.num_bytes != facts.num_bytes:
+        raise CorruptObjectError(
+            facts.name, f"has {found.num_bytes} bytes, {facts.num_bytes} were committed"
+        )
+    if found.sha256 != facts.sha256:
+        raise CorruptObjectError(facts.name, "content does not match its SHA-256")
+    return data
+
+
+def open_snapshot(
+    uri: str, *, version: int | None = None, storage_options: Mapping[str, Any] | None = None
+) -> Snapshot:
+    """Open an archive, finished or not.
+
+    Args:
+        uri: address of the archive.
+        version: of the manifest; None is the newest, or what is committed so far.
+        storage_options: for the fsspec file system.
+
+    Raises:
+        ArchiveNotFoundError: there is no plan, or no such version.
+        CorruptObjectError: a plan, commit or manifest is damaged.
+    """
+    store = open_store(uri, storage_options)
+    try:
+        plan = Plan.from_bytes(store.get(PLAN_NAME))
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise ArchiveNotFoundError(store.uri) from exc
+    numbers = manifest_numbers(store.list(MANIFEST_PREFIX))
+    if version is not None and version not in numbers:
+        raise ArchiveNotFoundError(f"{store.uri} version {version}")
+    if not numbers:
+        commits = tuple(read_commits(store, plan).values())
+        return Snapshot(store=store, plan=plan, commits=commits, manifest=None)
+    name = manifest_name(numbers[-1] if version is None else version)
+    manifest = Manifest.from_bytes(name, store.get(name), plan)
+    return Snapshot(
+        store=store, plan=plan, commits=tuple(manifest.commits.values()), manifest=manifest
+    )

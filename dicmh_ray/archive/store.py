@@ -1,0 +1,350 @@
+"""Objects under one address, on any fsspec file system, with the one operation commits rest on.
+
+``put_if_absent`` is the only primitive of which two callers can never both be told "yours is the
+object": the local disk does it with a hard link, S3 with ``If-None-Match: *``. Everything else
+here is a plain put (atomic: a reader sees all of an object or none of it), a get or a listing.
+
+A store may take a conditional put and ignore the condition. :func:`probe` finds out, once, at
+the start of a job; a store that failed it says so in ``conditional`` and commits are then named
+by attempt (see :mod:`dicmh_ray.archive.commit`).
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from dicmh_ray.errors import CommitFailedError, CommitUnknownError, CorruptObjectError, DicmhError
+
+logger = logging.getLogger(__name__)
+
+SCRATCH = "scratch/"
+"""Objects below this prefix belong to probes: no reader looks at them."""
+
+_TEMPORARY = ".tmp-"
+_CONFLICT_TRIES = 4
+_CONFLICT_STATUS = 409
+_LOST_STATUS = 412
+_BAD_RANGE_STATUS = 416
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+_SAFE_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
+_memory_lock = threading.Lock()
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it stays inside a store: plain segments, none of them ``..`` or hidden.
+
+    Names are also read from objects that somebody else may have written.
+
+    Raises:
+        CorruptObjectError: the name could leave the archive's folder.
+    """
+    if not all(_SAFE_SEGMENT.fullmatch(segment) for segment in name.split("/")):
+        raise CorruptObjectError(name, "not a legal object name")
+    return name
+
+
+def public_uri(uri: str) -> str:
+    """``uri`` without a user, a password or a query: fit for messages and logs."""
+    parts = urlsplit(uri)
+    if not parts.scheme or not parts.netloc:
+        return uri
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+class Store:
+    """Named objects below one address. Thread-safe; pickles as its address and its options.
+
+    Errors of the file system arrive as ``OSError`` (``FileNotFoundError`` for a missing object);
+    whatever else a client library raises is wrapped in ``ConnectionError``.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        conditional: bool = True,
+    ) -> None:
+        self.uri = public_uri(uri)
+        """The address, without credentials."""
+        self.conditional = conditional
+        """Whether ``put_if_absent`` is honoured; what :func:`probe` said."""
+        self._given_uri = uri
+        self._storage_options = dict(storage_options or {})
+        # A listing that another worker has outdated would hide its commits.
+        self._fs, self._root = url_to_fs(uri, use_listings_cache=False, **self._storage_options)
+        self._root = self._root.rstrip("/")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self._given_uri, self._storage_options, self.conditional)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.uri!r})"
+
+    def get(self, name: str) -> bytes:
+        """All bytes of an object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        with self._boundary(name):
+            return bytes(self._fs.cat_file(self._path(name)))
+
+    def get_range(self, name: str, start: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from byte ``start``, in one request.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            CorruptObjectError: the object ends earlier.
+        """
+        if length == 0:
+            return b""
+        with self._boundary(name):
+            try:
+                data = bytes(self._fs.cat_file(self._path(name), start=start, end=start + length))
+            except OSError as exc:
+                if _http_status(exc) != _BAD_RANGE_STATUS:
+                    raise
+                data = b""
+        if len(data) != length:
+            found = start + len(data)
+            raise CorruptObjectError(name, f"ends at byte {found}, wanted {start + length}")
+        return data
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object, replacing one of that name."""
+        with self._boundary(name):
+            self._fs.pipe_file(self._path(name), data)
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Write an object unless there is one. True when the stored bytes are these.
+
+        An answer that does not tell (a timeout, a reset connection, a server error) is settled by
+        reading the object back: own content was written by this call, or by an equal one.
+
+        Returns:
+            False when the object exists with other bytes: somebody else was first.
+
+        Raises:
+            CommitFailedError: nothing was written; trying again is safe.
+            CommitUnknownError: the store did not answer the question either.
+        """
+        path = self._path(name)
+        for tried in range(1, _CONFLICT_TRIES + 1):
+            try:
+                with self._boundary(name):
+                    self._create(path, data)
+            except PermissionError:
+                raise
+            except OSError as exc:
+                try:
+                    return self.get(name) == data
+                except FileNotFoundError:
+                    # 409: another conditional request for this name was under way and may have
+                    # failed; S3 asks to try again. Anything else is for the caller to retry.
+                    if _http_status(exc) != _CONFLICT_STATUS or tried == _CONFLICT_TRIES:
+                        raise CommitFailedError(name, _describe(exc)) from exc
+                except OSError as unreadable:
+                    reason = f"{_describe(exc)}; then {_describe(unreadable)}"
+                    raise CommitUnknownError(name, reason) from exc
+                time.sleep(0.05 * 2**tried)
+            else:
+                return True
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def list(self, prefix: str) -> list[str]:
+        """Sorted names of all objects whose name starts with ``prefix`` (``""`` or ``"x/"``)."""
+        with self._boundary(prefix):
+            folder = f"{self._root}/{prefix}".rstrip("/")
+            try:
+                paths = self._fs.find(folder)
+            except FileNotFoundError:
+                return []
+        names = [path[len(self._root) + 1 :] for path in paths]
+        return sorted(name for name in names if f"/{_TEMPORARY}" not in f"/{name}")
+
+    def size(self, name: str) -> int:
+        """Length of an object in bytes.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        with self._boundary(name):
+            return int(self._fs.info(self._path(name))["size"])
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is gone already is no error."""
+        with self._boundary(name), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{check_name(name)}"
+
+    def _create(self, path: str, data: bytes) -> None:
+        """Write an object that must not exist; FileExistsError or HTTP 409/412 where it does."""
+        self._fs.pipe_file(path, data, mode="create")
+
+    @contextlib.contextmanager
+    def _boundary(self, name: str) -> Iterator[None]:
+        """Let no client library's own exception class out."""
+        try:
+            yield
+        except (OSError, DicmhError, NotImplementedError, TypeError):
+            raise
+        except Exception as exc:
+            raise ConnectionError(f"{self.uri}: {name}: {_describe(exc)}") from exc
+
+
+class LocalStore(Store):
+    """A folder. Objects are durable when a put returns: file and folder are both synced."""
+
+    def put(self, name: str, data: bytes) -> None:
+        path = Path(self._path(name))
+        temporary = self._write_temporary(path, data)
+        try:
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink()
+            raise
+        _sync_folder(path.parent)
+
+    def get_range(self, name: str, start: int, length: int) -> bytes:
+        # The file system object's own cat_file would read through a 5 MB buffer.
+        with open(self._path(name), "rb", buffering=0) as file:
+            file.seek(start)
+            data = file.read(length)
+        if len(data) != length:
+            found = start + len(data)
+            raise CorruptObjectError(name, f"ends at byte {found}, wanted {start + length}")
+        return data
+
+    def _create(self, path: str, data: bytes) -> None:
+        temporary = self._write_temporary(Path(path), data)
+        try:
+            # link() fails where the name exists; rename() would replace it.
+            os.link(temporary, path)
+        finally:
+            temporary.unlink()
+        _sync_folder(Path(path).parent)
+
+    @staticmethod
+    def _write_temporary(path: Path, data: bytes) -> Path:
+        _make_folder(path.parent)
+        temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        return temporary
+
+
+class MemoryStore(Store):
+    """Objects in this process, for tests. One lock makes its conditional put one step."""
+
+    def _create(self, path: str, data: bytes) -> None:
+        with _memory_lock:
+            if self._fs.exists(path):
+                raise FileExistsError(path)
+            self._fs.pipe_file(path, data)
+
+
+def open_store(
+    uri: str, storage_options: Mapping[str, Any] | None = None, *, conditional: bool = True
+) -> Store:
+    """The store at ``uri``: a path, ``memory://``, ``s3://``, or any other fsspec address.
+
+    Args:
+        uri: folder, bucket or prefix that holds the objects. It need not exist.
+        storage_options: passed to the fsspec file system; they are kept in memory and in pickles
+            of the store, and written nowhere.
+        conditional: what :func:`probe` said about this store.
+    """
+    # Only the scheme decides: building the file system twice would open two sessions.
+    kind = fsspec.get_filesystem_class(uri.split("://", 1)[0] if "://" in uri else "file")
+    if issubclass(kind, LocalFileSystem):
+        return LocalStore(uri, storage_options, conditional=conditional)
+    if issubclass(kind, MemoryFileSystem):
+        return MemoryStore(uri, storage_options, conditional=conditional)
+    return Store(uri, storage_options, conditional=conditional)
+
+
+def probe(store: Store) -> bool:
+    """Whether the store honours the condition of a conditional put: asked twice, of one name.
+
+    Some S3 look-alikes answer 200 and overwrite. Costs four small requests. Call it once when a
+    job starts, and pass the answer on as ``open_store(..., conditional=answer)``.
+    """
+    name = f"{SCRATCH}probe-{uuid.uuid4().hex}"
+    try:
+        first = store.put_if_absent(name, b"first")
+        second = store.put_if_absent(name, b"second")
+        honoured = first and not second and store.get(name) == b"first"
+    except OSError as exc:
+        if exc.errno not in _NO_HARD_LINKS or not isinstance(store, LocalStore):
+            raise
+        honoured = False
+    except NotImplementedError:
+        honoured = False
+    finally:
+        with contextlib.suppress(OSError):
+            store.delete(name)
+    if not honoured:
+        logger.warning("%s ignores conditional puts: commits are named by attempt", store.uri)
+    return honoured
+
+
+def _reopen(uri: str, storage_options: Mapping[str, Any], conditional: bool) -> Store:
+    return open_store(uri, storage_options, conditional=conditional)
+
+
+def _http_status(exc: BaseException | None) -> int | None:
+    """The HTTP status of the first error on the cause chain that has one (botocore's do)."""
+    while exc is not None:
+        response = getattr(exc, "response", None)
+        if isinstance(response, Mapping):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if isinstance(status, int):
+                return status
+        exc = exc.__cause__
+    return None
+
+
+def _describe(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {exc}"
+
+
+def _make_folder(folder: Path) -> None:
+    """``mkdir -p`` whose new entries survive a power cut."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
