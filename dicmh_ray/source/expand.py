@@ -1,0 +1,292 @@
+"""Source arguments -> the objects they name, each once, in a fixed order.
+
+    "s3://b/train-{000000..000123}.tar"   braces, as a shell expands them; every name must exist
+    "photos/**/*.jpg"                     glob, sorted
+    "photos/"                             folder, recursive, sorted
+    "one.parquet", "cat.jpg"              a file
+
+Globs and folders take images (by extension), tars and Parquet files; hidden files and folders are
+passed over, links to folders are not followed (a link to its own parent would give every image
+forty times).
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from dicmh_ray.errors import SourceFormatError, SourceNotFoundError
+from dicmh_ray.source.files import SIDECAR_EXTENSIONS, stem_of
+from dicmh_ray.source.magic import IMAGE_EXTENSIONS
+from dicmh_ray.source.options import SourceOptions
+from dicmh_ray.source.store import identity, open_filesystem, retry
+
+MAX_BRACE_NAMES = 1_000_000
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_REFUSED = re.compile(r"\.(tar\.(bz2|xz|zst|lz4)|tbz2?|txz|zip|7z|rar|tfrecords?|mds|lance)$")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+_MAGIC = re.compile(r"[*?\[]")
+_NUM_PARALLEL_LOOKUPS = 16
+
+Kind = Literal["tar", "parquet", "file"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """One object that an argument names."""
+
+    uri: str
+    kind: Kind
+    etag: str
+    num_bytes: int
+    root: str
+    """URI of the folder the argument looks into, with its last slash: keys are relative to it."""
+
+    sidecars: tuple[str, ...] = ()
+
+
+def expand_sources(sources: Sequence[str], options: SourceOptions) -> list[Found]:
+    """Resolve all arguments; an object named twice is kept where it is named first.
+
+    Raises:
+        SourceNotFoundError: an argument, or one name its braces give, matches nothing.
+        SourceFormatError: a file is of a kind that cannot be read.
+    """
+    found: dict[str, Found] = {}
+    for source in sources:
+        names = [source] if _exists(source, options) else list(expand_braces(source))
+        for item in _parallel(names, options):
+            found.setdefault(item.uri, item)
+    return list(found.values())
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Expand ``{000..123}``, ``{1..9..2}`` and ``{a,b}``, nested too, in a shell's order.
+
+    Numbers are padded when either end is. Braces that are no such list stay as they are.
+
+    Raises:
+        SourceFormatError: over a million names.
+    """
+    names = list(itertools.islice(_expansions(pattern), MAX_BRACE_NAMES + 1))
+    if len(names) > MAX_BRACE_NAMES:
+        raise SourceFormatError(pattern, f"expands to over {MAX_BRACE_NAMES} names")
+    return iter(names)
+
+
+def kind_of(path: str) -> Kind | None:
+    """What a name promises; None for nothing that is a source."""
+    name = path.lower()
+    if name.endswith(_TAR_SUFFIXES):
+        return "tar"
+    if name.endswith((".parquet", ".pq")):
+        return "parquet"
+    return "file" if name.rpartition("/")[2].rpartition(".")[2] in IMAGE_EXTENSIONS else None
+
+
+def _expansions(text: str) -> Iterator[str]:
+    for start, end in _brace_groups(text):
+        inner = text[start + 1 : end]
+        choices: Iterator[str] | None = None
+        if match := _RANGE.fullmatch(inner):
+            choices = _numbers(match)
+        elif len(parts := _split_at_commas(inner)) > 1:
+            choices = itertools.chain.from_iterable(_expansions(part) for part in parts)
+        if choices is not None:
+            for choice in choices:
+                for rest in _expansions(text[end + 1 :]):
+                    yield text[:start] + choice + rest
+            return
+    yield text
+
+
+def _brace_groups(text: str) -> Iterator[tuple[int, int]]:
+    """Positions of each opening brace and its partner, from the left."""
+    for start, character in enumerate(text):
+        if character != "{":
+            continue
+        depth = 0
+        for end in range(start, len(text)):
+            depth += (text[end] == "{") - (text[end] == "}")
+            if depth == 0:
+                yield start, end
+                break
+
+
+def _split_at_commas(inner: str) -> list[str]:
+    parts, depth = [""], 0
+    for character in inner:
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _numbers(match: re.Match[str]) -> Iterator[str]:
+    first, last = int(match[1]), int(match[2])
+    step = abs(int(match[3] or 1)) or 1
+    is_padded = any(
+        len(end.lstrip("-")) > 1 and end.lstrip("-")[0] == "0" for end in match.group(1, 2)
+    )
+    width = max(len(match[1]), len(match[2])) if is_padded else 0
+    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    return (f"{number:0{width}d}" for number in numbers)
+
+
+def _parallel(names: list[str], options: SourceOptions) -> Iterator[Found]:
+    """Resolve names in order; a brace list over a store is many round trips, so several at once."""
+    if len(names) == 1:
+        yield from _resolve(names[0], options)
+        return
+    with ThreadPoolExecutor(_NUM_PARALLEL_LOOKUPS, thread_name_prefix="dicmh-plan") as pool:
+        for items in pool.map(lambda name: _resolve(name, options), names):
+            yield from items
+
+
+def _exists(source: str, options: SourceOptions) -> bool:
+    """Whether a name with braces is a real one, braces and all."""
+    if "{" not in source:
+        return True
+    fs, path = open_filesystem(source, options)
+    return bool(retry(lambda: fs.exists(path), what=source, options=options))
+
+
+def _resolve(name: str, options: SourceOptions) -> list[Found]:
+    fs, path = open_filesystem(name, options)
+    if _MAGIC.search(name) and not _is_literal(fs, path, name, options):
+        return _resolve_glob(fs, path, name, options)
+    try:
+        info = retry(lambda: fs.info(path), what=name, options=options)
+    except FileNotFoundError as exc:
+        raise SourceNotFoundError(name) from exc
+    if info["type"] == "directory" or name.endswith("/"):
+        return _resolve_folder(fs, path, name, options)
+    if match := _REFUSED.search(path.lower()):
+        raise SourceFormatError(name, f"{match[0]} files cannot be read, only tar and Parquet")
+    root = _parent(path)
+    candidates = [f"{stem_of(path)}.{extension}" for extension in sorted(SIDECAR_EXTENSIONS)]
+    sidecars = (
+        [] if kind_of(path) in ("tar", "parquet") else [p for p in candidates if fs.exists(p)]
+    )
+    # A file that is named outright is taken for an image whatever its extension: its bytes decide.
+    return [_found(fs, name, path, info, kind_of(path) or "file", root, sidecars)]
+
+
+def _is_literal(fs: Any, path: str, name: str, options: SourceOptions) -> bool:
+    """``*``, ``?`` and ``[`` may be characters of a real name, and are part of any HTTP query."""
+    if "http" in fs.protocol and "*" not in name and "[" not in name:
+        return True
+    return bool(retry(lambda: fs.exists(path), what=name, options=options))
+
+
+def _resolve_glob(fs: Any, path: str, name: str, options: SourceOptions) -> list[Found]:
+    infos = retry(lambda: fs.glob(path, detail=True), what=name, options=options)
+    files = {
+        str(match): info
+        for match, info in infos.items()
+        if info["type"] != "directory" and not _is_hidden(str(match).rpartition("/")[2])
+    }
+    fixed = path[: _first_magic(path)]
+    root = fixed.rpartition("/")[0]
+    siblings: dict[str, Any] = {}
+    for folder in sorted({_parent(file).rstrip("/") for file in files if kind_of(file) == "file"}):
+        for info in retry(partial(fs.ls, folder, detail=True), what=name, options=options):
+            siblings[str(info["name"])] = info
+    return _known_files(fs, name, root + "/", files, siblings | files)
+
+
+def _resolve_folder(fs: Any, path: str, name: str, options: SourceOptions) -> list[Found]:
+    if "file" in fs.protocol:
+        files = {file: fs.info(file) for file in _walk(path)}
+    else:
+        files = retry(lambda: fs.find(path, detail=True), what=name, options=options)
+    root = path.rstrip("/") + "/"
+    visible = {
+        str(file): info
+        for file, info in files.items()
+        if not any(_is_hidden(part) for part in str(file).removeprefix(root).split("/"))
+    }
+    return _known_files(fs, name, root, visible, visible)
+
+
+def _known_files(
+    fs: Any,
+    name: str,
+    root: str,
+    files: Mapping[str, Mapping[str, Any]],
+    siblings: Mapping[str, Any],
+) -> list[Found]:
+    """Those of ``files`` that are sources, sorted by path, with their sidecars."""
+    sidecars: dict[str, list[str]] = {}
+    for file in sorted(siblings):
+        if file.rpartition(".")[2].lower() in SIDECAR_EXTENSIONS:
+            sidecars.setdefault(stem_of(file), []).append(file)
+    found = []
+    for file in sorted(files):
+        kind = kind_of(file)
+        if kind is not None:
+            beside = sidecars.get(stem_of(file), []) if kind == "file" else []
+            found.append(_found(fs, name, file, files[file], kind, root, beside))
+    if not found:
+        raise SourceNotFoundError(name)
+    return found
+
+
+def _found(
+    fs: Any,
+    name: str,
+    path: str,
+    info: Mapping[str, Any],
+    kind: Kind,
+    root: str,
+    sidecars: Sequence[str],
+) -> Found:
+    uri = _full_uri(fs, name, path)
+    return Found(
+        uri=uri,
+        kind=kind,
+        etag=identity(info),
+        num_bytes=int(info.get("size") or 0),
+        root=uri.removesuffix(path.removeprefix(root)),
+        sidecars=tuple(_full_uri(fs, name, sidecar) for sidecar in sidecars),
+    )
+
+
+def _full_uri(fs: Any, name: str, path: str) -> str:
+    """The URI that opens ``path`` in the way ``name`` was opened, chained protocols included."""
+    if "::" not in name:
+        return str(fs.unstrip_protocol(path))
+    head, _, rest = name.partition("::")
+    if "://" in head:
+        return f"{head.partition('://')[0]}://{path}::{rest}"
+    caches, _, target = name.rpartition("::")
+    protocol = target.partition("://")[0] if "://" in target else "file"
+    return f"{caches}::{protocol}://{path}"
+
+
+def _walk(path: str) -> Iterator[str]:
+    for folder, folders, names in os.walk(path, followlinks=False):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        for name in names:
+            file = f"{folder.rstrip('/')}/{name}"
+            if os.path.isfile(file):
+                yield file
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0] + "/"
+
+
+def _first_magic(path: str) -> int:
+    match = _MAGIC.search(path)
+    return match.start() if match else len(path)

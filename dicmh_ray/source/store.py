@@ -1,0 +1,219 @@
+"""Bytes of one object on any fsspec store, read on after transient errors.
+
+``RetryingFile`` hides the weather: a dropped connection, a short reply, a busy server. It opens the
+object again at the byte where the last good read ended, so nothing is lost or read twice, and gives
+up after ``num_retries`` failures in a row. It also notices an object that is replaced meanwhile.
+"""
+
+import io
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import fsspec
+
+from dicmh_ray.errors import SourceFormatError
+from dicmh_ray.source.options import SourceOptions
+
+logger = logging.getLogger(__name__)
+
+_MAX_PAUSE_S = 10.0
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# HTTP and cloud clients raise errors of their own that are no OSError; importing them to name them
+# would make each a dependency.
+_CLIENT_PACKAGES = frozenset(
+    ["aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"]
+)
+_IDENTITY_FIELDS = (
+    "ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "updated", "mtime",
+    "modified", "created",
+)  # fmt: skip
+_PASSWORD = re.compile(r"[a-z][a-z0-9+.\-]*://[^/@]*:[^/@]*@", re.IGNORECASE)
+
+T = TypeVar("T")
+
+
+def open_filesystem(uri: str, options: SourceOptions) -> tuple[Any, str]:
+    """The fsspec filesystem of ``uri`` and the path inside it.
+
+    Raises:
+        ValueError: the URL carries a password, or no filesystem serves its protocol.
+    """
+    if _PASSWORD.match(uri):
+        raise ValueError("a source URL carries a password: pass it in storage_options instead")
+    fs, path = fsspec.core.url_to_fs(uri, **options.storage_options)
+    return fs, str(path)
+
+
+def identity(info: Mapping[str, Any]) -> str:
+    """One line that changes when the object does: size, and ETag or time of modification."""
+    mark = next((info[name] for name in _IDENTITY_FIELDS if info.get(name) is not None), "")
+    text = mark.isoformat() if hasattr(mark, "isoformat") else str(mark)
+    return f"{info.get('size')}:{text.strip(chr(34))}"
+
+
+def is_transient(exc: BaseException) -> bool:
+    """Whether trying again may help."""
+    if isinstance(exc, OSError):
+        return not isinstance(exc, _PERMANENT)
+    return type(exc).__module__.partition(".")[0] in _CLIENT_PACKAGES
+
+
+def retry(action: Callable[[], T], *, what: str, options: SourceOptions) -> T:
+    """Run ``action``, again after transient errors.
+
+    Raises:
+        OSError: (or a client's own error) the last one, after ``num_retries`` more attempts.
+    """
+    attempt = 0
+    while True:
+        try:
+            return action()
+        except Exception as exc:
+            if not is_transient(exc) or attempt >= options.num_retries:
+                raise
+            _pause(what, attempt, exc, options)
+            attempt += 1
+
+
+def _pause(what: str, attempt: int, exc: Exception, options: SourceOptions) -> None:
+    pause_s = min(_MAX_PAUSE_S, options.retry_base_s * 2**attempt) * random.uniform(0.5, 1.0)
+    logger.warning("%s: %s, again in %.1f s", what, type(exc).__name__, pause_s)
+    time.sleep(pause_s)
+
+
+class RetryingFile(io.RawIOBase):
+    """A read-only, seekable view of one object.
+
+    Args:
+        uri: of the object.
+        options: how to reach it and how often to try.
+        etag: what :func:`identity` said when the plan was made; None trusts what is found now.
+        cache_type: fsspec's: ``readahead`` for one pass, ``none`` for scattered reads.
+
+    Raises:
+        FileNotFoundError: the object is gone.
+        SourceFormatError: it is not the one that was planned.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        options: SourceOptions,
+        *,
+        etag: str | None = None,
+    ) -> None:
+        self.uri = uri
+        self.failure: Exception | None = None
+        """The error that exhausted the attempts: tells a bad store from bad data."""
+        self._options = options
+        self._file: Any = None
+        self._has_failed = False
+        self._offset = 0
+        self._fs, self._path = open_filesystem(uri, options)
+        info = retry(lambda: self._fs.info(self._path), what=uri, options=options)
+        self.size_bytes: int | None = info.get("size")
+        self._identity = identity(info)
+        if etag is not None and etag != self._identity:
+            raise SourceFormatError(uri, "was changed after the plan was made")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._offset
+
+    def size(self) -> int:
+        """Bytes of the object (Arrow asks for it); 0 where the store does not know."""
+        return self.size_bytes or 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self.size()}[whence]
+        self._offset = max(0, base + offset)
+        return self._offset
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Exactly ``size`` bytes, fewer at the end only; -1 for all that is left."""
+        if size is None or size < 0:
+            size = max(0, self.size() - self._offset)
+        chunks = []
+        while size > 0 and (chunk := self._read_some(min(size, self._options.block_bytes))):
+            chunks.append(chunk)
+            size -= len(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _read_some(self, size: int) -> bytes:
+        """At least one byte, or ``b""`` at the true end."""
+        if self.size_bytes is not None and self._offset >= self.size_bytes:
+            return b""
+        attempt = 0
+        while True:
+            try:
+                data = self._read_once(size)
+            except Exception as exc:
+                self._drop()
+                self._has_failed = True
+                if not is_transient(exc) or attempt >= self._options.num_retries:
+                    self.failure = exc
+                    raise
+                _pause(f"{self.uri} at byte {self._offset}", attempt, exc, self._options)
+                attempt += 1
+            else:
+                self._offset += len(data)
+                return data
+
+    def _read_once(self, size: int) -> bytes:
+        if self._file is None:
+            self._file = self._open()
+        if self._file.seekable():
+            # Every time, not only after opening: memory:// hands all readers one file object.
+            self._file.seek(self._offset)
+        data = bytes(self._file.read(size))
+        if not data and self.size_bytes is not None:
+            raise OSError(f"{self.uri} ended at byte {self._offset} of {self.size_bytes}")
+        return data
+
+    def _open(self) -> Any:
+        if self._has_failed:
+            self._check_same()
+        # The callers read in blocks; a cache below them would fetch and hold the same bytes twice.
+        file = self._fs.open(
+            self._path, "rb", block_size=self._options.block_bytes, cache_type="none"
+        )
+        if not file.seekable():
+            skipped = 0
+            while skipped < self._offset:
+                chunk = file.read(min(self._offset - skipped, self._options.block_bytes))
+                if not chunk:
+                    raise OSError(f"{self.uri} ended at byte {skipped} while skipping")
+                skipped += len(chunk)
+        return file
+
+    def _check_same(self) -> None:
+        self._fs.invalidate_cache()
+        if identity(self._fs.info(self._path)) != self._identity:
+            raise SourceFormatError(self.uri, "was changed while it was read")
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except OSError:
+                logger.debug("%s: closing a broken file failed", self.uri, exc_info=True)
