@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "pipeline": LOW | {"codec", "numpy", "pyarrow"},
     "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
     "ray_plugin": LOW | {"codec", "numpy", "pipeline", "pyarrow", "ray", "views"},
-    "bench": LOW | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "rich", "views"},
+    "bench": LOW | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "views"},
     "cli": LOW
     | {"PIL", "bench", "codec", "dicmh_ray", "numpy", "pipeline", "ray_plugin", "rich", "typer"}
     | {"views"},
@@ -39,7 +39,7 @@ MAY_IMPORT = {
 
 LAZY = {
     ("codec/__init__.py", "dicmh_ray.codec"): "load_codec is what loads torch",
-    ("bench/rd.py", "bjontegaard"): "the bench extra",
+    ("bench/bd_rate.py", "bjontegaard"): "the bench extra",
     ("bench/plots.py", "matplotlib"): "the bench extra",
 }
 """The imports inside functions, each with its reason: an optional extra, or a heavy start."""
