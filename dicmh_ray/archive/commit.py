@@ -167,6 +167,11 @@ class Commit:
     created_by: str
     """Software and version."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.num_bytes for part in self.parts)
+
     def to_bytes(self) -> bytes:
         """The object's bytes."""
         body = {**asdict(self), "parts": [asdict(part) for part in self.parts]}

@@ -27,8 +27,8 @@ _MANIFEST_NAME = re.compile(r"manifest/(\d{6})\.json")
 class Manifest:
     """A complete archive."""
 
-    number: int
-    """Version of the archive's content, from 1; the manifest's name says it too."""
+    version: int
+    """Of the archive's content, from 1; the manifest's name says it too."""
 
     plan_id: str
     """Plan that is complete."""
@@ -61,7 +61,7 @@ class Manifest:
             sha256 = hashlib.sha256(data).hexdigest()
             entries.append({"name": name, "sha256": sha256, "commit": json.loads(data)})
         body = {
-            "number": self.number,
+            "archive_version": self.version,
             "plan_id": self.plan_id,
             "codec_id": self.codec_id,
             "codec_sha256": self.codec_sha256,
@@ -82,7 +82,7 @@ class Manifest:
         body = unseal(name, data, MANIFEST_FORMAT, MANIFEST_VERSION)
         try:
             manifest = cls(
-                number=body["number"],
+                version=body["archive_version"],
                 plan_id=body["plan_id"],
                 codec_id=body["codec_id"],
                 codec_sha256=body["codec_sha256"],
@@ -94,11 +94,11 @@ class Manifest:
                 },
                 created_by=body["created_by"],
             )
-            wanted = (manifest_name(manifest.number), body["root"])
+            wanted = (manifest_name(manifest.version), body["root"])
         except (KeyError, TypeError) as exc:
             raise CorruptObjectError(name, f"not a manifest: {exc!r}") from exc
         if (name, manifest.root) != wanted or manifest.plan_id != plan.plan_id:
-            raise CorruptObjectError(name, f"is manifest {manifest.number} of another archive")
+            raise CorruptObjectError(name, f"is manifest {manifest.version} of another archive")
         for commit_object, commit in manifest.commits.items():
             check_commit(commit_object, commit, plan)
         if [c.unit for c in manifest.commits.values()] != list(plan.unit_names):
@@ -106,12 +106,12 @@ class Manifest:
         return manifest
 
 
-def manifest_name(number: int) -> str:
+def manifest_name(version: int) -> str:
     """Object name of a manifest."""
-    return f"{MANIFEST_PREFIX}{number:06d}.json"
+    return f"{MANIFEST_PREFIX}{version:06d}.json"
 
 
-def manifest_numbers(names: list[str]) -> list[int]:
+def manifest_versions(names: list[str]) -> list[int]:
     """Versions in a listing of ``manifest/``, ascending."""
     return sorted(int(m[1]) for name in names if (m := _MANIFEST_NAME.fullmatch(name)))
 
@@ -119,7 +119,7 @@ def manifest_numbers(names: list[str]) -> list[int]:
 def first_manifest(plan: Plan, commits: Mapping[str, Commit], codec_sha256: str) -> Manifest:
     """The manifest of a plan all of whose units are committed."""
     return Manifest(
-        number=1,
+        version=1,
         plan_id=plan.plan_id,
         codec_id=plan.codec_id,
         codec_sha256=codec_sha256,

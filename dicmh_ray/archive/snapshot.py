@@ -20,7 +20,7 @@ from dicmh_ray.archive.manifest import (
     MANIFEST_PREFIX,
     Manifest,
     manifest_name,
-    manifest_numbers,
+    manifest_versions,
 )
 from dicmh_ray.archive.part import read_index
 from dicmh_ray.archive.plan import PLAN_NAME, Plan
@@ -169,13 +169,13 @@ def open_snapshot(
         plan = Plan.from_bytes(store.get(PLAN_NAME))
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise ArchiveNotFoundError(store.uri) from exc
-    numbers = manifest_numbers(store.list(MANIFEST_PREFIX))
-    if version is not None and version not in numbers:
+    versions = manifest_versions(store.list(MANIFEST_PREFIX))
+    if version is not None and version not in versions:
         raise ArchiveNotFoundError(f"{store.uri} version {version}")
-    if not numbers:
+    if not versions:
         commits = tuple(read_commits(store, plan).values())
         return Snapshot(store=store, plan=plan, commits=commits, manifest=None)
-    name = manifest_name(numbers[-1] if version is None else version)
+    name = manifest_name(versions[-1] if version is None else version)
     manifest = Manifest.from_bytes(name, store.get(name), plan)
     return Snapshot(
         store=store, plan=plan, commits=tuple(manifest.commits.values()), manifest=manifest
