@@ -68,7 +68,7 @@ PEERS = (
         name="AVIF",
         format="AVIF",
         feature="avif",
-        qualities=(5, 12, 20, 28, 36, 44, 52, 60, 68, 76, 84),
+        qualities=(5, 14, 24, 36, 48, 60, 74),
         variants=({"speed": 4, "subsampling": "4:2:0", "max_threads": 1},),
     ),
 )

@@ -45,7 +45,15 @@ def tables(report: RdReport) -> tuple[Table, ...]:
     return (
         Table(
             title="BD-rate (percent of bits at equal quality; negative is smaller)",
-            columns=("method", "against", "metric", f"{low:g}-{high:g} bpp", "whole overlap", "dB"),
+            columns=(
+                "method",
+                "against",
+                "metric",
+                f"{low:g}-{high:g} bpp",
+                "over dB",
+                "whole overlap",
+                "over dB",
+            ),
             rows=tuple(_bd_row(one) for one in report.bd_rates),
         ),
         Table(
@@ -91,14 +99,14 @@ def _facts(report: RdReport) -> Iterable[str]:
 
 
 def _bd_row(one: BdRate) -> tuple[str, ...]:
-    interval = one.headline_range or one.quality_range
     return (
         one.test,
         one.anchor,
         METRICS[one.metric],
         _number(one.headline_percent, "+.1f", " %"),
+        _interval(one.headline_range),
         _number(one.percent, "+.1f", " %"),
-        f"{interval[0]:.1f}-{interval[1]:.1f}" if interval else "-",
+        _interval(one.quality_range),
     )
 
 
@@ -114,6 +122,10 @@ def _point_row(point: Point) -> tuple[str, ...]:
         f"{1 / max(point.encode_s, 1e-9):.1f}",
         f"{1 / max(point.decode_s, 1e-9):.1f}",
     )
+
+
+def _interval(bounds: tuple[float, float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:.1f}-{bounds[1]:.1f}"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
