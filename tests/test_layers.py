@@ -38,7 +38,8 @@ MAY_IMPORT = {
 }
 
 LAZY = {
-    ("codec/__init__.py", "dicmh_ray.codec"): "load_codec is what loads torch",
+    ("codec/__init__.py", "dicmh_ray.codec.layered_codec"): "load_codec is what loads torch",
+    ("ray_plugin/__init__.py", "dicmh_ray.ray_plugin.run"): "the ray extra, when Ray is asked for",
     ("bench/bd_rate.py", "bjontegaard"): "the bench extra",
     ("bench/plots.py", "matplotlib"): "the bench extra",
 }
@@ -104,6 +105,12 @@ def test_an_import_inside_a_function_has_a_reason_on_the_list(path):
                 name_of(path) == file and (module == name or module.startswith(name + "."))
                 for file, name in LAZY
             ), f"lazy import of {module}"
+
+
+def test_the_list_of_lazy_imports_names_no_import_that_is_gone():
+    for file, name in LAZY:
+        imports = imports_of(ast.parse((PACKAGE / file).read_text()))
+        assert any(module == name and is_lazy for module, _, _, is_lazy in imports), (file, name)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
