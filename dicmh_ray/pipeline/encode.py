@@ -1,0 +1,426 @@
+"""Source images -> encoded rows: the encode stage as a plain generator, and its policy.
+
+    SourceImage ─ load_pixels ─ batch by pixels ─ codec.encode ─ choose states ─ cut ─ EncodedImage
+         │            │                               │              │
+         └ unreadable ┴ unsupported                   └ failed       └ below floor · larger than source
+                    (a row all the same: the original bytes, and the reason in ``error``)
+
+A ``for`` loop runs it; Ray is another way to run it. Whatever happens to an image, its key comes
+out exactly once and in the order in which it came in. The quality in a row is measured on a decode
+of exactly the bytes of that row. Memory is bounded by one batch and the pictures loaded ahead.
+"""
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from dicmh_ray.archive.schema import EncodedImage
+from dicmh_ray.bitstream import prefix_bytes
+from dicmh_ray.codec import ImageCodec, Quality
+from dicmh_ray.errors import (
+    CodecMismatchError,
+    MissingExtraError,
+    SourceImageError,
+    UnreadableImageError,
+    UnsupportedImageError,
+    WeightsError,
+)
+from dicmh_ray.source import Pixels, SourceImage, load_pixels
+from dicmh_ray.source.image import UniqueKeys
+
+_log = logging.getLogger(__name__)
+
+KeepOriginal = Literal["never", "below-floor", "always"]
+
+UNREADABLE = "unreadable"
+UNSUPPORTED = "unsupported"
+ENCODE_FAILED = "encode-failed"
+CRASH = "crash"
+DAMAGED_SOURCE = "damaged-source"
+BELOW_FLOOR = "below-floor"
+LARGER_THAN_SOURCE = "larger-than-source"
+
+FAILURE_CAUSES = frozenset({UNREADABLE, ENCODE_FAILED, CRASH, DAMAGED_SOURCE})
+"""Causes that count against a job's failure budget, whether the original bytes were kept or not.
+The other causes are decisions of the policy, not failures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodePolicy:
+    """How many states of each image are written, and what happens to its original bytes.
+
+    With neither ``states`` nor ``target_bpp`` the rate follows the picture: the fewest states whose
+    machine view meets the floor. With one of them the rate is the caller's choice, and the floor
+    is checked at that rate. In both cases a picture that misses the floor keeps its original bytes
+    instead of a stream, unless ``keep_original`` is ``"never"``.
+    """
+
+    states: int | None = None
+    """Write exactly this many states (all there are, when the codec has fewer)."""
+
+    target_bpp: float | None = None
+    """Write the most states that stay within this many bits per pixel, and at least one."""
+
+    min_psnr: float = 30.0
+    """Floor: dB over the whole picture, of the machine view."""
+
+    min_worst_tile_psnr: float = 24.0
+    """Floor: dB of the worst 64x64 tile, of the machine view."""
+
+    keep_original: KeepOriginal = "below-floor"
+    """``below-floor``: keep the source's bytes of every image that gets no stream, so that nothing
+    is lost. ``always``: also beside every stream. ``never``: keep none; what cannot be encoded is
+    a ``failed`` row, and a stream below the floor or larger than its source is written all the
+    same, with tier ``none`` where it misses the floor."""
+
+    base_states: int = 2
+    """States in the ``base`` column (a preview, a low-rate scan); the later ones go to ``detail``."""
+
+    def __post_init__(self) -> None:
+        if self.states is not None and self.target_bpp is not None:
+            raise ValueError("states and target_bpp exclude each other")
+        if self.states is not None and self.states < 1:
+            raise ValueError(f"states is {self.states}, wanted at least 1")
+        if self.target_bpp is not None and not self.target_bpp > 0:
+            raise ValueError(f"target_bpp is {self.target_bpp}, wanted more than 0")
+        if self.base_states < 1:
+            raise ValueError(f"base_states is {self.base_states}, wanted at least 1")
+        if self.keep_original not in ("never", "below-floor", "always"):
+            raise ValueError(f"keep_original is {self.keep_original!r}")
+
+    def meets_floor(self, quality: Quality) -> bool:
+        """Whether a decoded picture is good enough to stand for its source."""
+        return quality.psnr >= self.min_psnr and quality.worst_tile_psnr >= self.min_worst_tile_psnr
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy as JSON: it is part of an archive's plan."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The policy that ``to_dict`` described. Raises ValueError on an unknown name."""
+        unknown = set(data) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown policy fields: {', '.join(sorted(unknown))}")
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeOptions:
+    """What changes the speed of encoding and its memory, but not what is promised about rows."""
+
+    device: str = "auto"
+    """Where the codec runs: a torch device, or ``auto``."""
+
+    threads: int | None = None
+    """CPU threads of torch in each process; None leaves the choice to torch (on Ray: 1 on a CPU)."""
+
+    batch_pixels: int | None = None
+    """Pixels in one codec call; None means 2**20 on a CPU and 2**24 on a GPU. One picture above
+    it makes a batch of its own."""
+
+    load_threads: int | None = None
+    """Threads that decode source files ahead of the codec; None means 0 on a CPU, 4 on a GPU."""
+
+    max_image_pixels: int = 268_435_456
+    """Larger pictures are refused before they are decoded: they keep their original bytes."""
+
+
+class _Loaded(NamedTuple):
+    """A source image on its way: with pixels, or with the reason why there are none."""
+
+    key: str
+    source: SourceImage
+    pixels: Pixels | None
+    failure: str | None
+
+
+class _Chosen(NamedTuple):
+    """The part of a full stream that the policy chose, and how good its decode is."""
+
+    stream: bytes
+    offsets: tuple[int, ...]
+    quality: Quality
+
+
+def encode_images(
+    images: Iterable[SourceImage],
+    codec: ImageCodec,
+    policy: EncodePolicy,
+    *,
+    options: EncodeOptions | None = None,
+    quarantine: Collection[int] = (),
+) -> Iterator[EncodedImage]:
+    """Encode images to rows, one row for each, in order.
+
+    Keys are unique among the rows of one call: the second bearer of a key gets the suffix ``~2``,
+    the third ``~3``, the same every time.
+
+    Args:
+        images: what a source yields. An image that carries an ``error`` becomes a row at once.
+        codec: encodes, and decodes again to measure.
+        policy: how many states, and what becomes of originals.
+        options: batch size and threads.
+        quarantine: positions (0-based) in ``images`` that killed a worker process before: their
+            bytes are not looked at, they become rows with the error ``crash``.
+
+    Raises:
+        CodecMismatchError, WeightsError, MissingExtraError: the codec itself is unusable, which no
+            other image will change. Every other failure is a row.
+    """
+    options = options or EncodeOptions()
+    batch_pixels = options.batch_pixels or 2**20
+    batch: list[_Loaded] = []
+    num_pixels = 0
+    # The state the last picture needed is where the search for the next one starts.
+    start = (codec.num_states + 1) // 2
+    for loaded in _load_ahead(images, options, frozenset(quarantine)):
+        size = loaded.pixels.image.shape[0] * loaded.pixels.image.shape[1] if loaded.pixels else 0
+        if batch and num_pixels + size > batch_pixels:
+            rows = _encode_batch(batch, codec, policy, start)
+            start = _last_states(rows, start)
+            yield from rows
+            batch, num_pixels = [], 0
+        batch.append(loaded)
+        # A row without pixels waits in the batch to keep the order; its bytes count as pixels do.
+        num_pixels += size or len(loaded.source.data)
+    yield from _encode_batch(batch, codec, policy, start)
+
+
+def _last_states(rows: Sequence[EncodedImage], default: int) -> int:
+    return next((row.num_states for row in reversed(rows) if row.num_states), default)
+
+
+def _load_ahead(
+    images: Iterable[SourceImage], options: EncodeOptions, quarantine: frozenset[int]
+) -> Iterator[_Loaded]:
+    """Load pixels in order; with ``load_threads``, a bounded number of pictures ahead."""
+
+    def named() -> Iterator[tuple[str, SourceImage, bool]]:
+        keys = UniqueKeys()
+        for position, image in enumerate(images):
+            yield keys.claim(image.key), image, position in quarantine
+
+    def load(item: tuple[str, SourceImage, bool]) -> _Loaded:
+        return _load(*item, max_pixels=options.max_image_pixels)
+
+    threads = options.load_threads or 0
+    if not threads:
+        yield from map(load, named())
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="dicmh-load") as pool:
+        ahead: deque[Any] = deque()
+        for item in named():
+            ahead.append(pool.submit(load, item))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _load(key: str, source: SourceImage, is_quarantined: bool, *, max_pixels: int) -> _Loaded:
+    if is_quarantined:
+        return _Loaded(key, source, None, f"{CRASH}: a worker process died on this image")
+    if source.error is not None:
+        return _Loaded(key, source, None, _reason(source.error))
+    try:
+        return _Loaded(key, source, load_pixels(source.data, max_pixels=max_pixels), None)
+    except SourceImageError as exc:
+        return _Loaded(key, source, None, _reason(exc))
+
+
+def _reason(error: SourceImageError) -> str:
+    if isinstance(error, UnsupportedImageError):
+        return f"{UNSUPPORTED}: {error.reason}"
+    if isinstance(error, UnreadableImageError):
+        return f"{UNREADABLE}: {error.reason}"
+    return error.reason
+
+
+def _encode_batch(
+    batch: Sequence[_Loaded], codec: ImageCodec, policy: EncodePolicy, start: int
+) -> list[EncodedImage]:
+    """Rows for a batch, in its order; those without pixels never reach the codec."""
+    with_pixels = [item for item in batch if item.pixels is not None]
+    encoded = iter(_encode_group(with_pixels, codec, policy, start))
+    return [
+        next(encoded)
+        if item.pixels is not None
+        else _row_without_stream(item, policy, item.failure or UNREADABLE)
+        for item in batch
+    ]
+
+
+def _encode_group(
+    group: Sequence[_Loaded], codec: ImageCodec, policy: EncodePolicy, start: int
+) -> list[EncodedImage]:
+    """Encode together; on a failure each half alone, until the one that fails stands alone.
+
+    Halving also is what helps when a GPU's memory is too small for the batch.
+    """
+    if not group:
+        return []
+    try:
+        images = [item.pixels.image for item in group if item.pixels is not None]
+        streams = codec.encode(
+            images,
+            tags=[item.source.tags for item in group],
+            exif_orientations=[item.pixels.exif_orientation for item in group if item.pixels],
+        )
+        chosen = _choose_states(streams, images, codec, policy, start)
+        return [_row(item, choice, policy) for item, choice in zip(group, chosen, strict=True)]
+    except (CodecMismatchError, WeightsError, MissingExtraError):
+        raise
+    except Exception as exc:  # noqa: BLE001  whatever it is, one image has it: find it, record it
+        if len(group) == 1:
+            _log.warning("encoding %r failed: %r", group[0].key, exc)
+            reason = f"{ENCODE_FAILED}: {type(exc).__name__}: {exc}"
+            return [_row_without_stream(group[0], policy, reason)]
+    middle = len(group) // 2
+    return [
+        *_encode_group(group[:middle], codec, policy, start),
+        *_encode_group(group[middle:], codec, policy, start),
+    ]
+
+
+def _choose_states(
+    streams: Sequence[bytes],
+    images: Sequence[npt.NDArray[np.uint8]],
+    codec: ImageCodec,
+    policy: EncodePolicy,
+    start: int,
+) -> list[_Chosen]:
+    """Cut each stream as the policy says, and measure the decode of what is left.
+
+    Under the floor policy each picture walks from ``start``: down while it meets the floor, up while
+    it misses it. Neighbours in a collection mostly need the same states, so two decodes are
+    typical. Quality grows with the states in practice; where it does not, the result still meets
+    the floor whenever the walk met a count that does.
+    """
+    offsets = [prefix_bytes(stream) for stream in streams]
+    wanted = [
+        _states_by_rate(ends, image.shape[0] * image.shape[1], policy)
+        for ends, image in zip(offsets, images, strict=True)
+    ]
+    states = [
+        min(start if count is None else count, len(ends))
+        for count, ends in zip(wanted, offsets, strict=True)
+    ]
+    measured: list[dict[int, Quality]] = [{} for _ in streams]
+    active = list(range(len(streams)))
+    while active:
+        cuts = [streams[i][: offsets[i][states[i] - 1]] for i in active]
+        qualities = codec.measure([images[i] for i in active], codec.decode(cuts))
+        for i, quality in zip(active, qualities, strict=True):
+            measured[i][states[i]] = quality
+        still_active = []
+        for i in active:
+            if wanted[i] is not None:
+                continue
+            meets = policy.meets_floor(measured[i][states[i]])
+            following = states[i] + (-1 if meets else 1)
+            if 1 <= following <= len(offsets[i]) and following not in measured[i]:
+                states[i] = following
+                still_active.append(i)
+            elif not meets and following in measured[i]:
+                states[i] = following  # the walk came down one too far
+        active = still_active
+    return [
+        _Chosen(streams[i][: ends[states[i] - 1]], ends[: states[i]], measured[i][states[i]])
+        for i, ends in enumerate(offsets)
+    ]
+
+
+def _states_by_rate(ends: Sequence[int], num_pixels: int, policy: EncodePolicy) -> int | None:
+    """How many states an explicit rate means for one picture; None under the floor policy."""
+    if policy.states is not None:
+        return min(policy.states, len(ends))
+    if policy.target_bpp is not None:
+        return max(1, sum(8 * end <= policy.target_bpp * num_pixels for end in ends))
+    return None
+
+
+def _row(item: _Loaded, chosen: _Chosen, policy: EncodePolicy) -> EncodedImage:
+    """The row of an image that was encoded, or the original in its place."""
+    if item.pixels is None:
+        raise TypeError("an image without pixels has no stream")
+    quality = chosen.quality
+    meets_floor = policy.meets_floor(quality)
+    if policy.keep_original != "never":
+        if not meets_floor:
+            reason = (
+                f"{BELOW_FLOOR}: psnr {quality.psnr:.2f} dB, worst tile "
+                f"{quality.worst_tile_psnr:.2f} dB with {len(chosen.offsets)} states"
+            )
+            return _row_without_stream(item, policy, reason)
+        if len(chosen.stream) >= len(item.source.data):
+            reason = (
+                f"{LARGER_THAN_SOURCE}: {len(chosen.stream)} bytes against {len(item.source.data)}"
+            )
+            return _row_without_stream(item, policy, reason)
+    height, width = item.pixels.image.shape[:2]
+    split = chosen.offsets[min(policy.base_states, len(chosen.offsets)) - 1]
+    return EncodedImage(
+        **_source_columns(item),
+        status="ok",
+        error=None,
+        tier="faithful" if meets_floor else "none",
+        bpp=8 * len(chosen.stream) / (height * width),
+        psnr=quality.psnr,
+        worst_tile_psnr=quality.worst_tile_psnr,
+        ms_ssim=quality.ms_ssim,
+        num_states=len(chosen.offsets),
+        prefix_bytes=chosen.offsets,
+        base=chosen.stream[:split],
+        detail=chosen.stream[split:],
+        original=item.source.data if policy.keep_original == "always" else b"",
+    )
+
+
+def _row_without_stream(item: _Loaded, policy: EncodePolicy, reason: str) -> EncodedImage:
+    """The row of an image that has no stream: its original bytes where there are any to keep."""
+    original = b"" if policy.keep_original == "never" else item.source.data
+    return EncodedImage(
+        **_source_columns(item),
+        status="kept_original" if original else "failed",
+        error=reason,
+        tier="original" if original else "none",
+        bpp=None,
+        psnr=None,
+        worst_tile_psnr=None,
+        ms_ssim=None,
+        num_states=None,
+        prefix_bytes=(),
+        base=b"",
+        detail=b"",
+        original=original,
+    )
+
+
+def _source_columns(item: _Loaded) -> dict[str, Any]:
+    """The columns that describe the source, the same for every status."""
+    source, pixels = item.source, item.pixels
+    is_unread = source.error is not None and not source.data
+    return {
+        "key": item.key,
+        "tags": tuple(source.tags),
+        "tag_scores": (),
+        "width": pixels.image.shape[1] if pixels else None,
+        "height": pixels.image.shape[0] if pixels else None,
+        "source_uri": source.source_uri,
+        "source_offset": source.source_offset,
+        "original_sha256": "" if is_unread else hashlib.sha256(source.data).hexdigest(),
+        "original_bytes": len(source.data),
+        "original_format": pixels.format if pixels else None,
+        "exif": pixels.exif if pixels else None,
+        "icc": pixels.icc if pixels else None,
+        "metadata": json.dumps(dict(source.metadata), ensure_ascii=False, separators=(",", ":")),
+    }

@@ -1,0 +1,190 @@
+"""Zero decodes until touched, then one. No torch, no ray."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dicmh_ray import views
+from dicmh_ray.errors import (
+    ArchiveNotFoundError,
+    CodecMismatchError,
+    RowNotFoundError,
+    UnreadableImageError,
+    UnsupportedImageError,
+)
+from dicmh_ray.pipeline import EncodePolicy
+from dicmh_ray.ray_plugin import compress
+from dicmh_ray.source import SourceOptions
+from dicmh_ray.views import open_archive, picture_of
+from tests.fake_codec import FakeCodec
+from tests.small_collections import bmp, picture, write_tar
+
+
+@pytest.fixture
+def codec():
+    return FakeCodec()
+
+
+@pytest.fixture
+def archive(tmp_path, codec):
+    images = {
+        "a": bmp(picture(1)),
+        "b": bmp(picture(2, step=1)),
+        "broken": b"junk",
+        "empty": b"",
+    }
+    tar = write_tar(tmp_path / "x.tar", images, metadata={"a": {"label": "dog", "n": [1, 2]}})
+    compress(
+        tar,
+        str(tmp_path / "archive"),
+        codec=FakeCodec,
+        runtime="local",
+        failure_budget=1.0,
+        source_options=SourceOptions(tag_fields=("label",)),
+    )
+    return open_archive(str(tmp_path / "archive"), codec=codec)
+
+
+def test_an_archive_is_a_sequence_that_decodes_nothing(archive, codec):
+    assert len(archive) == 4
+    assert {view.key for view in archive} == set(archive.keys()) == {"a", "b", "broken", "empty"}
+    assert "a" in archive
+    assert "c" not in archive
+    assert 3 not in archive
+    assert archive[0].key == next(iter(archive.keys()))
+    assert archive[-1].key == list(archive)[-1].key
+    view = archive["a"]
+    assert (view.status, view.tags, view.width, view.height) == ("ok", ("dog",), 32, 24)
+    assert view.metadata["label"] == "dog"
+    assert (view.tier, view.num_states, view.psnr) == ("faithful", 2, 100.0)
+    assert view.bpp > 0
+    assert view.error is None
+    assert view.row.key == "a"
+    assert repr(view) == "ImageView('a', ok, 32x24)"
+    assert codec.num_decoded == 0
+
+
+def test_pixels_are_decoded_once_for_each_touch(archive, codec):
+    assert (archive["a"].pixels() == picture(1)).all()
+    assert codec.num_decoded == 1
+
+
+def test_fewer_states_give_a_coarser_picture_from_fewer_bytes(archive):
+    view = archive["b"]
+    coarse = view.pixels(states=1).astype(int)
+    assert 0 < abs(coarse - picture(2, step=1)).max() < 64
+    assert len(view.bitstream(1)) == view.row.prefix_bytes[0] < len(view.bitstream())
+    assert view.bitstream().startswith(archive["b"].bitstream(2))
+
+
+def test_a_latent_is_float16_with_channels_first(archive):
+    latent = archive["a"].latent()
+    assert (latent.dtype, latent.shape) == (np.float16, (3, 24, 32))
+
+
+@pytest.mark.parametrize("states", [0, -1, 4])
+def test_states_that_are_not_there_are_refused(archive, states):
+    with pytest.raises(ValueError, match="has 1 to 3"):
+        archive["b"].pixels(states=states)
+
+
+def test_a_key_that_is_not_there_is_a_key_error(archive):
+    with pytest.raises(RowNotFoundError, match="no row with key 'c'"):
+        archive["c"]
+    with pytest.raises(IndexError):
+        archive[4]
+
+
+def test_a_filter_selects_rows(archive):
+    assert [view.key for view in archive.views("'dog' in tags")] == ["a"]
+
+
+def test_a_row_without_a_picture_says_why(archive):
+    assert archive["broken"].original == b"junk"
+    assert archive["a"].original == b""
+    with pytest.raises(UnreadableImageError, match="not an image"):
+        archive["broken"].pixels()
+    with pytest.raises(UnreadableImageError, match="'empty' holds no picture: unreadable"):
+        archive["empty"].pixels()
+    with pytest.raises(UnsupportedImageError, match="has no bitstream"):
+        archive["broken"].latent()
+
+
+def test_a_kept_original_shows_its_own_pixels_without_a_codec(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", {"a": bmp(picture(1, step=1))})
+    policy = EncodePolicy(states=1)
+    compress(tar, str(tmp_path / "x"), codec=FakeCodec, runtime="local", policy=policy)
+    view = open_archive(str(tmp_path / "x"))["a"]
+    assert (view.tier, view.num_states) == ("original", 0)
+    assert (view.pixels(states=1) == picture(1, step=1)).all()
+
+
+def test_a_codec_of_another_archive_is_refused(archive):
+    with pytest.raises(CodecMismatchError):
+        open_archive(archive.reader.snapshot.uri, codec=FakeCodec("cd" * 32))
+
+
+def test_where_there_is_no_archive_the_error_says_so(tmp_path):
+    with pytest.raises(ArchiveNotFoundError):
+        open_archive(str(tmp_path / "nothing"))
+
+
+def test_a_codec_is_loaded_once_for_each_process(archive, monkeypatch):
+    loaded = []
+
+    def load(checkpoint="default", *, device="auto", threads=None):
+        loaded.append(checkpoint)
+        return FakeCodec()
+
+    monkeypatch.setattr(views, "load_codec", load)
+    monkeypatch.setattr(views, "_loaded_codecs", {})
+    uri = archive.reader.snapshot.uri
+    first, second = open_archive(uri), open_archive(uri)
+    assert loaded == []
+    assert (first["a"].pixels() == second["a"].pixels()).all()
+    assert first.codec is second.codec
+    assert len(loaded) == 1
+
+
+def test_a_checkpoint_that_is_not_the_archives_is_refused(archive, monkeypatch):
+    monkeypatch.setattr(views, "load_codec", lambda *_, **__: FakeCodec("cd" * 32))
+    monkeypatch.setattr(views, "_loaded_codecs", {})
+    with pytest.raises(CodecMismatchError):
+        open_archive(archive.reader.snapshot.uri)["a"].pixels()
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encoded(Image.new("RGBA", (2, 3), (10, 20, 30, 0))), (255, 255, 255)),
+        (encoded(Image.new("RGBA", (2, 3), (10, 20, 30, 254))), (11, 21, 31)),
+        (encoded(Image.fromarray(np.full((3, 2), 0x8000, np.uint16))), (128, 128, 128)),
+        (encoded(Image.new("CMYK", (2, 3), (0, 0, 0, 255)), "TIFF"), (0, 0, 0)),
+        (encoded(Image.new("F", (2, 3), 7.0), "TIFF"), (7, 7, 7)),
+    ],
+    ids=["transparent", "translucent", "16-bit", "cmyk", "float"],
+)
+def test_an_original_the_codec_does_not_serve_can_be_shown(data, expected):
+    shown = picture_of(data)
+    assert (shown.dtype, shown.shape) == (np.uint8, (3, 2, 3))
+    assert tuple(shown[0, 0]) == expected
+
+
+def test_of_an_animation_the_first_frame_is_shown():
+    frames = [Image.new("RGB", (2, 3), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert tuple(picture_of(data)[0, 0]) == (255, 0, 0)
+
+
+def test_a_format_that_is_known_but_not_read_cannot_be_shown():
+    heif = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(16)
+    with pytest.raises(UnreadableImageError, match="cannot be shown"):
+        picture_of(heif)
