@@ -28,11 +28,12 @@ MAY_IMPORT = {
     "reader": FLOOR | {"archive", "fsspec", "numpy", "pyarrow"},
     "pipeline": LOW | {"codec", "numpy", "pyarrow"},
     "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
+    "recipe": FLOOR | {"codec", "numpy", "source"},
     "ray_plugin": LOW | {"codec", "numpy", "pipeline", "pyarrow", "ray", "views"},
     "bench": LOW | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "views"},
     "cli": LOW
     | {"PIL", "bench", "codec", "dicmh_ray", "numpy", "pipeline", "ray_plugin", "rich", "typer"}
-    | {"views"},
+    | {"recipe", "views"},
     "__init__": LOW | {"codec", "pipeline", "ray_plugin", "views"},
     "__main__": {"cli"},
 }
