@@ -11,8 +11,9 @@ from dicmh_ray.archive.manifest import Manifest
 from dicmh_ray.archive.part import PartOptions
 from dicmh_ray.archive.plan import Plan
 from dicmh_ray.archive.schema import ARROW_SCHEMA, BLOBS, SMALL_COLUMNS, EncodedImage, row_crc32c
-from dicmh_ray.archive.snapshot import ArchiveStatistics, Snapshot, open_snapshot
+from dicmh_ray.archive.snapshot import ArchiveStatistics, Snapshot, open_snapshot, reindex
 from dicmh_ray.archive.store import Store, open_store, probe
+from dicmh_ray.archive.verify import Problem, VerifyReport, verify_archive
 from dicmh_ray.archive.writer import ArchiveWriter, create_archive
 
 __all__ = [
@@ -27,12 +28,16 @@ __all__ = [
     "PartFacts",
     "PartOptions",
     "Plan",
+    "Problem",
     "Snapshot",
     "Store",
     "UnitStatistics",
+    "VerifyReport",
     "create_archive",
     "open_snapshot",
     "open_store",
     "probe",
+    "reindex",
     "row_crc32c",
+    "verify_archive",
 ]

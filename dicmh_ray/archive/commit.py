@@ -251,14 +251,16 @@ def read_commit(store: Store, name: str, plan: Plan) -> Commit:
     return commit
 
 
-def check_commit(name: str, commit: Commit, plan: Plan) -> None:
-    """Check that a sound commit is the one that belongs at ``name`` under ``plan``.
+def check_commit(name: str, commit: Commit, plan: Plan | None) -> None:
+    """Check that a sound commit is the one that belongs at ``name``, and under ``plan`` if given.
 
     Raises:
         CorruptObjectError: it is of another unit, attempt, codec or plan.
     """
     if name not in (commit_name(commit.unit), commit_name(commit.unit, commit.attempt)):
         raise CorruptObjectError(name, f"holds the commit of unit {commit.unit!r}")
+    if plan is None:
+        return
     if commit.unit not in plan.unit_names:
         raise CorruptObjectError(name, f"unit {commit.unit!r} is not in the plan")
     if commit.plan_id != plan.plan_id or commit.codec_id != plan.codec_id:

@@ -72,8 +72,8 @@ class Manifest:
         return seal(MANIFEST_FORMAT, MANIFEST_VERSION, body)
 
     @classmethod
-    def from_bytes(cls, name: str, data: bytes, plan: Plan) -> "Manifest":
-        """Read a manifest and check that it belongs to ``plan``.
+    def from_bytes(cls, name: str, data: bytes, plan: Plan | None) -> "Manifest":
+        """Read a manifest and check that it belongs to ``plan``, if that is known.
 
         Raises:
             CorruptObjectError: the bytes are not such a manifest.
@@ -97,10 +97,14 @@ class Manifest:
             wanted = (manifest_name(manifest.version), body["root"])
         except (KeyError, TypeError) as exc:
             raise CorruptObjectError(name, f"not a manifest: {exc!r}") from exc
-        if (name, manifest.root) != wanted or manifest.plan_id != plan.plan_id:
-            raise CorruptObjectError(name, f"is manifest {manifest.version} of another archive")
+        if (name, manifest.root) != wanted:
+            raise CorruptObjectError(name, f"is manifest {manifest.version}, or its root is wrong")
         for commit_object, commit in manifest.commits.items():
             check_commit(commit_object, commit, plan)
+        if plan is None:
+            return manifest
+        if manifest.plan_id != plan.plan_id:
+            raise CorruptObjectError(name, f"was made under plan {manifest.plan_id[:16]}")
         if [c.unit for c in manifest.commits.values()] != list(plan.unit_names):
             raise CorruptObjectError(name, "does not list every unit of the plan")
         return manifest

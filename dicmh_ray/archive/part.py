@@ -130,6 +130,8 @@ def write_parts(
     options = options or PartOptions()
     for row in rows:
         check_row(row)
+    if len({row.key for row in rows}) != len(rows):
+        raise ValueError(f"a key of unit {unit} is repeated")
     ordered = sorted(rows, key=lambda row: (row.tags[:1], row.key))
     for groups in _pack(ordered, options):
         yield _write_part(unit, groups, footer)

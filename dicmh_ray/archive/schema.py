@@ -4,6 +4,7 @@
 and a test compares the two. A column may be renamed in a later version; its field id never moves.
 """
 
+import json
 import math
 import struct
 from collections.abc import Iterable, Sequence
@@ -215,6 +216,12 @@ def check_row(row: EncodedImage) -> None:
         value = getattr(row, name)
         if value is not None and not math.isfinite(value):
             raise ValueError(f"{row.key}: {name} is {value}")
+    try:
+        is_object = isinstance(json.loads(row.metadata), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise ValueError(f"{row.key}: metadata is no JSON object")
     stream_bytes = len(row.base) + len(row.detail)
     if (row.prefix_bytes[-1] if row.prefix_bytes else 0) != stream_bytes:
         raise ValueError(f"{row.key}: prefix_bytes {row.prefix_bytes} of {stream_bytes} bytes")

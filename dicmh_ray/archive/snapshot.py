@@ -1,5 +1,6 @@
 """What an archive holds at one moment: a fixed list of commits, whatever is written meanwhile."""
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,10 +23,12 @@ from dicmh_ray.archive.manifest import (
     manifest_name,
     manifest_versions,
 )
-from dicmh_ray.archive.part import read_index
+from dicmh_ray.archive.part import INDEX_SCHEMA, index_part, read_index, write_index
 from dicmh_ray.archive.plan import PLAN_NAME, Plan
 from dicmh_ray.archive.store import Store, open_store
-from dicmh_ray.errors import ArchiveNotFoundError, CorruptObjectError
+from dicmh_ray.errors import ArchiveNotFoundError, CommitFailedError, CorruptObjectError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,15 +122,58 @@ class Snapshot:
     def read_index(self, commit: Commit) -> pa.Table:
         """The row index of one unit, verified; one request.
 
+        An index that is missing or damaged is taken from the parts again, which reads them whole;
+        a warning says so.
+
         Raises:
-            CorruptObjectError: it is missing or damaged.
+            CorruptObjectError: a part is needed, and is missing or damaged too.
         """
-        return read_index(commit.index.name, read_object(self.store, commit.index))
+        try:
+            return read_index(commit.index.name, read_object(self.store, commit.index))
+        except CorruptObjectError as exc:
+            logger.warning("%s; reading the parts of unit %s instead", exc, commit.unit)
+            return rebuild_index(self.store, commit)
 
     def read_indexes(self) -> list[pa.Table]:
         """The row index of every unit, in plan order."""
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             return list(pool.map(self.read_index, self.commits))
+
+
+def rebuild_index(store: Store, commit: Commit) -> pa.Table:
+    """A unit's row index from its parts alone.
+
+    Raises:
+        CorruptObjectError: a part is missing or damaged.
+    """
+    tables = [index_part(part.name, read_object(store, part)) for part in commit.parts]
+    return pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
+
+
+def reindex(uri: str, *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Write every missing or damaged row index again, from the parts.
+
+    Returns:
+        Names of the objects that were restored.
+
+    Raises:
+        CommitFailedError: this Parquet library writes an index with other bytes than were
+            committed. Readers do without the object.
+        CorruptObjectError: a part is damaged too.
+    """
+    snapshot = open_snapshot(uri, storage_options=storage_options)
+    restored = []
+    for commit in snapshot.commits:
+        try:
+            read_object(snapshot.store, commit.index)
+        except CorruptObjectError:
+            data = write_index(rebuild_index(snapshot.store, commit))
+            if ObjectFacts.of(commit.index.name, data) != commit.index:
+                reason = "rebuilt with other bytes than were committed; readers rebuild it"
+                raise CommitFailedError(commit.index.name, reason) from None
+            snapshot.store.put(commit.index.name, data)
+            restored.append(commit.index.name)
+    return restored
 
 
 def read_object(store: Store, facts: ObjectFacts | PartFacts) -> bytes:

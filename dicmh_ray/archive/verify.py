@@ -1,0 +1,430 @@
+"""Check an archive to the byte: every object that its plan, commits and manifest name, every row.
+
+A whole-object SHA-256 finds any damage; the row checksums then say which rows it hit, so that a
+report names the object, the row group and the row. A damaged plan or commit does not end the
+check: what it named is checked through what else names it.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dicmh_ray.archive.codec_files import CODEC_PREFIX, files_name, list_codec_files
+from dicmh_ray.archive.commit import (
+    COMMIT_PREFIX,
+    Commit,
+    ObjectFacts,
+    PartFacts,
+    UnitStatistics,
+    check_commit,
+    winning_names,
+)
+from dicmh_ray.archive.manifest import (
+    MANIFEST_PREFIX,
+    Manifest,
+    manifest_name,
+    manifest_versions,
+)
+from dicmh_ray.archive.part import index_part, open_part, read_index
+from dicmh_ray.archive.plan import PLAN_NAME, Plan
+from dicmh_ray.archive.schema import (
+    BLOBS,
+    SMALL_COLUMNS,
+    EncodedImage,
+    from_batch,
+    row_crc32c,
+)
+from dicmh_ray.archive.store import Store, open_store
+from dicmh_ray.bitstream import parse_bitstream
+from dicmh_ray.errors import (
+    ArchiveError,
+    ArchiveNotFoundError,
+    BitstreamError,
+    CorruptObjectError,
+    DicmhError,
+)
+
+Decode = Callable[[Sequence[bytes]], object]
+_SUBSET = re.compile(r"(\d{1,9})/(\d{1,9})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One thing that is not as it was committed."""
+
+    name: str
+    """Object."""
+
+    what: str
+    """What is wrong with it."""
+
+    row_group: int | None = None
+    """In a part, from 0."""
+
+    row: int | None = None
+    """In the row group, from 0."""
+
+    key: str | None = None
+    """Of the row."""
+
+    def __str__(self) -> str:
+        place = self.name
+        if self.row_group is not None:
+            place += f" row group {self.row_group}"
+        if self.row is not None:
+            place += f" row {self.row} ({self.key!r})"
+        return f"{place}: {self.what}"
+
+
+@dataclass(kw_only=True)
+class VerifyReport:
+    """What a check found."""
+
+    uri: str
+    """Address of the archive, without credentials."""
+
+    problems: list[Problem] = field(default_factory=list)
+    """Damage: what was committed is not what is stored."""
+
+    notes: list[str] = field(default_factory=list)
+    """What is worth knowing and no damage: stray objects, missing units, repeated keys."""
+
+    unchecked: str | None = None
+    """Why the check could not be made, or not to its end."""
+
+    is_complete: bool = False
+    """Whether a sound manifest lists every unit."""
+
+    objects: int = 0
+    """Objects read."""
+
+    bytes_read: int = 0
+    """Their bytes."""
+
+    rows: int = 0
+    """Rows whose checksum was computed."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: sound. 1: damaged. 2: could not be checked."""
+        if self.problems:
+            return 1
+        return 2 if self.unchecked is not None else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "exit_code": self.exit_code}
+
+
+def verify_archive(
+    uri: str,
+    *,
+    subset: str | None = None,
+    decode: Decode | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> VerifyReport:
+    """Check every object and every row of an archive.
+
+    Args:
+        uri: address of the archive.
+        subset: ``"n/t"``: of the units, every ``t``-th from the ``n``-th (1 <= n <= t). All other
+            objects are always checked; the subsets 1/t to t/t together are a full check.
+        decode: called with a list of one bitstream for each ``ok`` row; raises a ``DicmhError``
+            when it cannot decode it.
+        storage_options: for the fsspec file system.
+    """
+    first, step = _parse_subset(subset)
+    store = open_store(uri, storage_options)
+    check = _Check(store, VerifyReport(uri=store.uri), decode)
+    try:
+        check.run(first, step)
+    except ArchiveNotFoundError as exc:
+        check.report.unchecked = str(exc)
+    except OSError as exc:
+        check.report.unchecked = f"{store.uri} cannot be read: {exc}"
+    return check.report
+
+
+class _Check:
+    """One run: what is known of the archive so far, and what was found."""
+
+    def __init__(self, store: Store, report: VerifyReport, decode: Decode | None) -> None:
+        self.store, self.report, self.decode = store, report, decode
+        self.names: list[str] = []
+        self.known: set[str] = set()
+        self.keys: set[str] = set()
+
+    def run(self, first: int, step: int) -> None:
+        self.names = self.store.list("")
+        if not self.names:
+            raise ArchiveNotFoundError(self.store.uri)
+        plan = self.check_plan()
+        manifest = self.check_manifests(plan)
+        commits = self.check_commits(plan, manifest)
+        self.check_completeness(plan, manifest, commits)
+        self.check_codec(plan, manifest, commits)
+        for number, (name, commit) in enumerate(commits.items()):
+            self.known.update([commit.index.name, *(part.name for part in commit.parts)])
+            if number % step == first:
+                self.check_unit(name, commit)
+        stray = [name for name in self.names if name not in self.known]
+        self.report.notes += [f"{name}: stray object, part of nothing" for name in stray]
+
+    def check_plan(self) -> Plan | None:
+        data = self.read(PLAN_NAME)
+        if data is None:
+            return None
+        try:
+            return Plan.from_bytes(data)
+        except ArchiveError as exc:
+            self.damaged(PLAN_NAME, exc)
+            return None
+
+    def check_manifests(self, plan: Plan | None) -> Manifest | None:
+        """Every manifest; the newest sound one."""
+        newest = None
+        versions = manifest_versions([n for n in self.names if n.startswith(MANIFEST_PREFIX)])
+        for version in range(1, max(versions, default=0) + 1):
+            name = manifest_name(version)
+            data = self.read(name)
+            if data is None:
+                continue
+            try:
+                newest = Manifest.from_bytes(name, data, plan)
+            except ArchiveError as exc:
+                self.damaged(name, exc)
+        return newest
+
+    def check_commits(self, plan: Plan | None, manifest: Manifest | None) -> dict[str, Commit]:
+        """Every commit object, against the manifest where there is one; by name, in plan order."""
+        listed = dict(manifest.commits) if manifest is not None else {}
+        order = {unit: i for i, unit in enumerate(plan.unit_names)} if plan is not None else {}
+        winners = winning_names(n for n in self.names if n.startswith(COMMIT_PREFIX))
+        found = dict(listed)
+        for name in dict.fromkeys([*listed, *(() if listed else sorted(winners.values()))]):
+            data = self.read(name)
+            if data is None:
+                continue
+            try:
+                commit = Commit.from_bytes(name, data)
+                check_commit(name, commit, plan)
+            except ArchiveError as exc:
+                self.damaged(name, exc)
+                continue
+            if name in listed and data != listed[name].to_bytes():
+                self.problem(name, "is not the commit that the manifest lists")
+                continue
+            found[name] = commit
+        return dict(sorted(found.items(), key=lambda item: order.get(item[1].unit, len(order))))
+
+    def check_completeness(
+        self, plan: Plan | None, manifest: Manifest | None, commits: Mapping[str, Commit]
+    ) -> None:
+        self.report.is_complete = manifest is not None
+        if manifest is not None or plan is None:
+            return
+        missing = len(plan.units) - len({commit.unit for commit in commits.values()})
+        if missing:
+            self.report.notes.append(
+                f"unfinished: {missing} of {len(plan.units)} units are not committed"
+            )
+        elif not any(name.startswith(MANIFEST_PREFIX) for name in self.names):
+            what = "is missing though every unit is committed; resuming the job writes it"
+            self.problem(manifest_name(1), what)
+
+    def check_codec(
+        self, plan: Plan | None, manifest: Manifest | None, commits: Mapping[str, Commit]
+    ) -> None:
+        ids = {commit.codec_id for commit in commits.values()}
+        if plan is not None:
+            ids.add(plan.codec_id)
+        for codec_id in sorted(ids):
+            name = files_name(codec_id)
+            if not commits and name not in self.names:
+                self.report.notes.append(f"{name}: not written yet")
+                continue
+            data = self.read(name)
+            if data is None:
+                continue
+            if manifest is not None and hashlib.sha256(data).hexdigest() != manifest.codec_sha256:
+                self.problem(name, "is not the list that the manifest names")
+            try:
+                files = list_codec_files(codec_id, data)
+            except ArchiveError as exc:
+                self.damaged(name, exc)
+                self.known.update(
+                    n for n in self.names if n.startswith(f"{CODEC_PREFIX}{codec_id}/")
+                )
+                continue
+            for facts in files:
+                self.read_known(facts)
+
+    def check_unit(self, commit_object: str, commit: Commit) -> None:
+        index = self.check_index(commit)
+        before = len(self.report.problems)
+        total = UnitStatistics(bytes_out=commit.num_bytes)
+        derived = []
+        for facts in commit.parts:
+            data = self.read_known(facts)
+            if data is None:
+                continue
+            rows = None if index is None else index.filter(pc.equal(index["part"], facts.name))
+            table = self.check_part(facts, data)
+            derived.append(table)
+            for row in self.check_rows(facts, data, table if table is not None else rows):
+                total += UnitStatistics.of([row], bytes_out=0)
+        if len(self.report.problems) > before:
+            return
+        sound = [table for table in derived if table is not None]
+        if index is not None and not index.equals(pa.concat_tables([index.slice(0, 0), *sound])):
+            self.problem(commit.index.name, "is not the index of the unit's parts")
+        if total != commit.statistics:
+            self.problem(commit_object, "statistics are not those of the unit's rows")
+
+    def check_index(self, commit: Commit) -> pa.Table | None:
+        data = self.read_known(commit.index)
+        if data is None or ObjectFacts.of(commit.index.name, data) != commit.index:
+            return None
+        try:
+            return read_index(commit.index.name, data)
+        except ArchiveError as exc:
+            self.damaged(commit.index.name, exc)
+            return None
+
+    def check_part(self, facts: PartFacts, data: bytes) -> pa.Table | None:
+        """The part's own index, when the part is sound."""
+        try:
+            table = index_part(facts.name, data)
+        except CorruptObjectError as exc:
+            if hashlib.sha256(data).hexdigest() == facts.sha256:
+                self.damaged(facts.name, exc)
+            return None
+        if hashlib.sha256(data[-facts.footer_bytes :]).hexdigest() != facts.footer_sha256:
+            self.problem(facts.name, "footer does not match its SHA-256")
+            return None
+        if len(table) != facts.num_rows:
+            self.problem(facts.name, f"has {len(table)} rows, {facts.num_rows} were committed")
+        return table
+
+    def check_rows(
+        self, facts: PartFacts, data: bytes, places: pa.Table | None
+    ) -> Iterator[EncodedImage]:
+        """The sound rows of a part; the others become problems.
+
+        ``places`` is the index of the part. With it, one damaged blob costs one row, though Parquet
+        refuses the whole page that holds it.
+        """
+        try:
+            file = open_part(pa.BufferReader(data), facts.name)
+            num_groups = file.metadata.num_row_groups
+        except CorruptObjectError as exc:
+            self.damaged(facts.name, exc)
+            return
+        for group in range(num_groups):
+            try:
+                small = file.read_row_group(group, columns=list(SMALL_COLUMNS), use_threads=False)
+                table = self.with_blobs(file, data, group, small, places)
+                rows = list(from_batch(table))
+            except (OSError, pa.ArrowException, ValueError) as exc:
+                self.report.problems.append(
+                    Problem(name=facts.name, row_group=group, what=f"cannot be read: {exc}")
+                )
+                continue
+            for number, row in enumerate(rows):
+                self.report.rows += 1
+                what = self.fault(row)
+                if what is None:
+                    yield row
+                else:
+                    self.report.problems.append(
+                        Problem(
+                            name=facts.name, row_group=group, row=number, key=row.key, what=what
+                        )
+                    )
+
+    def with_blobs(
+        self,
+        file: pq.ParquetFile,
+        data: bytes,
+        group: int,
+        small: pa.Table,
+        places: pa.Table | None,
+    ) -> pa.Table:
+        if places is not None:
+            places = places.filter(pc.equal(places["row_group"], group))
+        if places is None or len(places) != len(small):
+            return file.read_row_group(group, use_threads=False)
+        for blob in BLOBS:
+            offsets = places[f"{blob}_offset"].to_pylist()
+            lengths = places[f"{blob}_length"].to_pylist()
+            values = [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
+            small = small.append_column(blob, pa.array(values, pa.binary()))
+        return small
+
+    def fault(self, row: EncodedImage) -> str | None:
+        """What is wrong with a row, if anything."""
+        found = row_crc32c(row)
+        if found != row.crc32c:
+            return f"CRC-32C is {found:#010x}, the row says {row.crc32c:#010x}"
+        if row.key in self.keys:
+            self.report.notes.append(f"{row.key!r}: key of more than one row")
+        self.keys.add(row.key)
+        if row.original and hashlib.sha256(row.original).hexdigest() != row.original_sha256:
+            return "original does not match its SHA-256"
+        stream = row.base + row.detail
+        try:
+            if stream and parse_bitstream(stream).prefix_bytes != row.prefix_bytes:
+                return "prefix_bytes are not the ends of the bitstream's states"
+        except BitstreamError as exc:
+            return f"bitstream: {exc}"
+        if self.decode is not None and row.status == "ok":
+            try:
+                self.decode([stream])
+            except DicmhError as exc:
+                return f"does not decode: {exc}"
+        return None
+
+    def read_known(self, facts: ObjectFacts | PartFacts) -> bytes | None:
+        """An object whose facts are known. Damage is reported; what there is comes back."""
+        data = self.read(facts.name)
+        if data is None:
+            return None
+        if len(data) != facts.num_bytes:
+            self.problem(facts.name, f"has {len(data)} bytes, wanted {facts.num_bytes}")
+        elif hashlib.sha256(data).hexdigest() != facts.sha256:
+            self.problem(facts.name, "content does not match its SHA-256")
+        return data
+
+    def read(self, name: str) -> bytes | None:
+        """An object that must be there."""
+        self.known.add(name)
+        try:
+            data = self.store.get(name)
+        except FileNotFoundError:
+            self.problem(name, "is missing")
+            return None
+        self.report.objects += 1
+        self.report.bytes_read += len(data)
+        return data
+
+    def problem(self, name: str, what: str) -> None:
+        self.report.problems.append(Problem(name=name, what=what))
+
+    def damaged(self, name: str, exc: ArchiveError) -> None:
+        self.problem(name, str(exc).removeprefix(f"{name}: "))
+
+
+def _parse_subset(subset: str | None) -> tuple[int, int]:
+    if subset is None:
+        return 0, 1
+    match = _SUBSET.fullmatch(subset)
+    number, step = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= step:
+        raise ValueError(f"subset is {subset!r}, wanted n/t with 1 <= n <= t")
+    return number - 1, step
