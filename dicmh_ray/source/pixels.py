@@ -2,7 +2,9 @@
 
 Nothing is converted that would lose information in silence. What is neither grey, palette nor RGB
 with 8 bits and one picture is *unsupported* (the pipeline keeps the original); what is damaged, cut
-off or too large is *unreadable*. The bytes decide what the format is, never a name.
+off or too large is *unreadable*. The bytes decide what the format is, never a name. One thing goes
+unseen: a JPEG whose scan is cut but closed by an end marker, or flipped in the middle, which
+libjpeg fills in without telling Pillow.
 
 Pillow is called below ``Image.open``: that function warns about large images through the process's
 global filters, and its limit is global. Sizes are checked here, before anything is decoded.
@@ -128,20 +130,26 @@ def load_pixels(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
 
 
 def _load(data: bytes, name: str, max_pixels: int) -> Pixels:
-    _check_structure(data, name, max_pixels)
+    exif = None
+    if name == "JPEG":
+        data, exif = structure.check_jpeg(data)
+    else:
+        _check_structure(data, name, max_pixels)
     with _OPENERS[name](io.BytesIO(data)) as image:
         if image.width * image.height > max_pixels:
             raise UnreadableImageError("too many pixels")
         if image.width == 0 or image.height == 0:
             raise UnreadableImageError("damaged")
         _check_kind(image, name)
-        exif = _exif(image)
+        exif = exif or _exif(image)
         orientation = structure.exif_orientation(exif)
         is_upright = False
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             stated = image.tag_v2.get(_TIFF_ORIENTATION, 1)
             orientation = stated if isinstance(stated, int) and 1 <= stated <= 8 else 1
             is_upright = True  # this plugin turns the picture itself while it loads
+        if name == "PNG":
+            structure.check_png_rows(data)
         icc = image.info.get("icc_profile")
         image.load()
         rgb, is_grey = _rgb(image, data, name)
@@ -157,8 +165,6 @@ def _load(data: bytes, name: str, max_pixels: int) -> Pixels:
 
 def _check_structure(data: bytes, name: str, max_pixels: int) -> None:
     match name:
-        case "JPEG":
-            structure.check_jpeg(data)
         case "PNG":
             structure.check_png(data)
         case "GIF":

@@ -14,6 +14,18 @@ from typing import NamedTuple
 from dicmh_ray.errors import UnreadableImageError, UnsupportedImageError
 
 _CHECKED_CHUNKS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"acTL"})
+_EXIF_PREFIX = b"Exif\x00\x00"
+_INFLATE_BYTES = 2**20
+# (first column, first row, column step, row step) of each pass.
+_ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 _SOF_NAMES = {0: "baseline", 1: "extended", 2: "progressive"}
 _JPEG_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 
@@ -39,19 +51,31 @@ class JpegFrame(NamedTuple):
         )
 
 
-def check_jpeg(data: bytes) -> None:
+def check_jpeg(data: bytes) -> tuple[bytes, bytes | None]:
     """Refuse kinds of JPEG that Pillow cannot read exactly, and headers that lie about the size.
+
+    Returns:
+        The file without its Exif, which Pillow would parse for a resolution and warn about, and
+        the Exif block verbatim, if any.
 
     Raises:
         UnsupportedImageError: 12 bits, lossless or arithmetic coding, several pictures in one file.
         UnreadableImageError: no frame, or fewer bytes than the smallest code for its blocks.
     """
     frame = None
-    for marker, body in _jpeg_segments(data):
+    exif: list[bytes] = []
+    rest: list[bytes] = []
+    copied = 0
+    for marker, start, end in _jpeg_segments(data):
+        body = data[start + 4 : end]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and frame is None:
             frame = _jpeg_frame(marker - 0xC0, body)
         elif marker == 0xE2 and body.startswith(b"MPF\x00"):
             raise UnsupportedImageError("multi-picture")
+        elif marker == 0xE1 and body.startswith(_EXIF_PREFIX):
+            exif.append(body.removeprefix(_EXIF_PREFIX) if exif else body)
+            rest.append(data[copied:start])
+            copied = end
     if frame is None:
         raise UnreadableImageError("damaged")
     if frame.precision != 8:
@@ -63,10 +87,11 @@ def check_jpeg(data: bytes) -> None:
     min_bits = frame.num_blocks * (1 if frame.kind == 2 else 2)
     if len(data) * 8 < min_bits:
         raise UnreadableImageError("truncated")
+    return (b"".join([*rest, data[copied:]]), b"".join(exif)) if exif else (data, None)
 
 
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, body) up to the first scan."""
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of the segments up to the first scan, length and marker included."""
     pos = 2
     while pos + 4 <= len(data):
         if data[pos] != 0xFF:
@@ -80,8 +105,9 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
             return
         else:
             length = int.from_bytes(data[pos + 2 : pos + 4], "big")
-            yield marker, data[pos + 4 : pos + 2 + length]
-            pos += 2 + max(2, length)
+            end = min(pos + 2 + max(2, length), len(data))
+            yield marker, pos, end
+            pos = end
 
 
 def _jpeg_frame(kind: int, body: bytes) -> JpegFrame:
@@ -125,6 +151,43 @@ def check_png(data: bytes) -> None:
             return
         is_first = False
         pos = end
+
+
+def check_png_rows(data: bytes) -> None:
+    """Inflate the rows once, keeping none: Pillow leaves rows black that the stream does not hold.
+
+    To be called on a checked file whose size is within limits; stops at the size it must have.
+
+    Raises:
+        UnreadableImageError: too few bytes for the picture, or a damaged stream.
+    """
+    width, height, bits, colour, *_, is_interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    pixel_bits = bits * {2: 3, 4: 2, 6: 4}.get(colour, 1)
+    passes = _ADAM7 if is_interlaced else ((0, 0, 1, 1),)
+    missing = 0
+    for left, top, step_x, step_y in passes:
+        columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
+        if columns > 0 and rows > 0:
+            missing += rows * (1 + (columns * pixel_bits + 7) // 8)
+    inflater = zlib.decompressobj()
+    for kind, start, end in _png_chunks(data):
+        if kind != b"IDAT":
+            continue
+        packed = data[start:end]
+        while missing > 0 and packed and not inflater.eof:
+            missing -= len(inflater.decompress(packed, min(missing, _INFLATE_BYTES)))
+            packed = inflater.unconsumed_tail
+    if missing > 0:
+        raise UnreadableImageError("truncated")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, start, end) of the content of each chunk of a checked file."""
+    pos = 8
+    while pos + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, pos)
+        yield kind, pos + 8, pos + 8 + length
+        pos += 12 + length
 
 
 def png_grey_scale(data: bytes) -> int:
@@ -215,7 +278,7 @@ def exif_orientation(exif: bytes | None) -> int:
     """The orientation 1..8 that an Exif block states; 1 where it states none or nonsense."""
     if not exif:
         return 1
-    exif = exif.removeprefix(b"Exif\x00\x00")
+    exif = exif.removeprefix(_EXIF_PREFIX)
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None or len(exif) < 14:
         return 1
