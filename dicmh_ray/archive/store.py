@@ -237,6 +237,10 @@ class LocalStore(Store):
         try:
             # link() fails where the name exists; rename() would replace it.
             os.link(temporary, path)
+        except OSError as exc:
+            if exc.errno in _NO_HARD_LINKS:
+                raise NotImplementedError(f"{self.uri} has no hard links") from exc
+            raise
         finally:
             temporary.unlink()
         _sync_folder(Path(path).parent)
@@ -297,10 +301,6 @@ def probe(store: Store) -> bool:
         first = store.put_if_absent(name, b"first")
         second = store.put_if_absent(name, b"second")
         honoured = first and not second and store.get(name) == b"first"
-    except OSError as exc:
-        if exc.errno not in _NO_HARD_LINKS or not isinstance(store, LocalStore):
-            raise
-        honoured = False
     except NotImplementedError:
         honoured = False
     finally:
