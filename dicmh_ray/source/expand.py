@@ -10,9 +10,9 @@ passed over, links to folders are not followed (a link to its own parent would g
 forty times).
 """
 
-import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,10 +72,10 @@ def expand_braces(pattern: str) -> Iterator[str]:
     Raises:
         SourceFormatError: over a million names.
     """
-    names = list(itertools.islice(_expansions(pattern), MAX_BRACE_NAMES + 1))
-    if len(names) > MAX_BRACE_NAMES:
-        raise SourceFormatError(pattern, f"expands to over {MAX_BRACE_NAMES} names")
-    return iter(names)
+    num_names = _num_expansions(pattern)
+    if num_names > MAX_BRACE_NAMES:
+        raise SourceFormatError(pattern, f"expands to {num_names} names, over {MAX_BRACE_NAMES}")
+    return _expansions(pattern)
 
 
 def kind_of(path: str) -> Kind | None:
@@ -89,19 +89,59 @@ def kind_of(path: str) -> Kind | None:
 
 
 def _expansions(text: str) -> Iterator[str]:
+    group = _first_list(text)
+    if group is None:
+        yield text
+        return
+    start, end, choices = group
+    rests = list(_expansions(text[end + 1 :]))
+    for choice in choices:
+        names = [choice] if isinstance(choices, _Numbers) else _expansions(choice)
+        for name in names:
+            for rest in rests:
+                yield text[:start] + name + rest
+
+
+def _num_expansions(text: str) -> int:
+    group = _first_list(text)
+    if group is None:
+        return 1
+    _, end, choices = group
+    is_range = isinstance(choices, _Numbers)
+    num_choices = len(choices) if is_range else sum(_num_expansions(part) for part in choices)
+    return num_choices * _num_expansions(text[end + 1 :])
+
+
+class _Numbers:
+    """The padded numbers of ``{first..last..step}``."""
+
+    def __init__(self, match: re.Match[str]) -> None:
+        first, last = int(match[1]), int(match[2])
+        step = abs(int(match[3] or 1)) or 1
+        ends = [end.lstrip("-") for end in match.group(1, 2)]
+        is_padded = any(len(end) > 1 and end[0] == "0" for end in ends)
+        self._width = max(len(match[1]), len(match[2])) if is_padded else 0
+        self._range = (
+            range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+        )
+
+    def __len__(self) -> int:
+        # len() of a range fails beyond the machine's word; nobody lists that many.
+        return min(sys.maxsize, (self._range[-1] - self._range[0]) // self._range.step + 1)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{number:0{self._width}d}" for number in self._range)
+
+
+def _first_list(text: str) -> tuple[int, int, _Numbers | list[str]] | None:
+    """Positions of the first braces that hold a range or a comma, and what they list."""
     for start, end in _brace_groups(text):
         inner = text[start + 1 : end]
-        choices: Iterator[str] | None = None
         if match := _RANGE.fullmatch(inner):
-            choices = _numbers(match)
-        elif len(parts := _split_at_commas(inner)) > 1:
-            choices = itertools.chain.from_iterable(_expansions(part) for part in parts)
-        if choices is not None:
-            for choice in choices:
-                for rest in _expansions(text[end + 1 :]):
-                    yield text[:start] + choice + rest
-            return
-    yield text
+            return start, end, _Numbers(match)
+        if len(parts := _split_at_commas(inner)) > 1:
+            return start, end, parts
+    return None
 
 
 def _brace_groups(text: str) -> Iterator[tuple[int, int]]:
@@ -126,17 +166,6 @@ def _split_at_commas(inner: str) -> list[str]:
         else:
             parts[-1] += character
     return parts
-
-
-def _numbers(match: re.Match[str]) -> Iterator[str]:
-    first, last = int(match[1]), int(match[2])
-    step = abs(int(match[3] or 1)) or 1
-    is_padded = any(
-        len(end.lstrip("-")) > 1 and end.lstrip("-")[0] == "0" for end in match.group(1, 2)
-    )
-    width = max(len(match[1]), len(match[2])) if is_padded else 0
-    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
-    return (f"{number:0{width}d}" for number in numbers)
 
 
 def _parallel(names: list[str], options: SourceOptions) -> Iterator[Found]:

@@ -5,6 +5,7 @@ object again at the byte where the last good read ended, so nothing is lost or r
 up after ``num_retries`` failures in a row. It also notices an object that is replaced meanwhile.
 """
 
+import datetime
 import io
 import logging
 import random
@@ -51,8 +52,11 @@ def open_filesystem(uri: str, options: SourceOptions) -> tuple[Any, str]:
 def identity(info: Mapping[str, Any]) -> str:
     """One line that changes when the object does: size, and ETag or time of modification."""
     mark = next((info[name] for name in _IDENTITY_FIELDS if info.get(name) is not None), "")
-    text = mark.isoformat() if hasattr(mark, "isoformat") else str(mark)
-    return f"{info.get('size')}:{text.strip(chr(34))}"
+    # A listing and a single look-up of one store may spell one mark in two ways.
+    if isinstance(mark, datetime.datetime):
+        mark = mark.timestamp()
+    text = f"{mark:.6f}" if isinstance(mark, int | float) else str(mark)
+    return f"{info.get('size')}:{text.removeprefix('W/').strip(chr(34))}"
 
 
 def is_transient(exc: BaseException) -> bool:
