@@ -34,7 +34,7 @@ from dicmh_ray.archive import (
     open_snapshot,
     row_crc32c,
 )
-from dicmh_ray.archive.part import INDEX_SCHEMA, open_part
+from dicmh_ray.archive.part import INDEX_SCHEMA, check_chunk, open_part, small_chunks
 from dicmh_ray.archive.ranges import (
     POINT_GAP_BYTES,
     SCAN_GAP_BYTES,
@@ -345,21 +345,17 @@ class ArchiveReader:
         """Some small columns of a row group: their byte ranges in few requests, then Parquet."""
         facts = self._part(part)
         metadata = self._footer(facts)
-        if not 0 <= row_group < metadata.num_row_groups:
+        if not 0 <= row_group < len(facts.row_groups):
             raise CorruptObjectError(part, f"has no row group {row_group}")
-        chunks = metadata.row_group(row_group)
-        ranges = []
-        for number in range(chunks.num_columns):
-            chunk = chunks.column(number)
-            if chunk.path_in_schema.partition(".")[0] in columns:
-                start = chunk.dictionary_page_offset or chunk.data_page_offset
-                ranges.append(ByteRange(start, chunk.total_compressed_size))
+        chunks = small_chunks(metadata, row_group)
+        ranges = [chunks[column] for column in columns]
         try:
             held = read_ranges(self._store, part, ranges, max_gap=SCAN_GAP_BYTES)
         except FileNotFoundError as exc:
             raise CorruptObjectError(part, "is missing") from exc
         file = SparseFile(self._store, part, facts.num_bytes)
-        for place, data in zip(ranges, held, strict=True):
+        for column, place, data in zip(columns, ranges, held, strict=True):
+            check_chunk(part, row_group, facts.row_groups[row_group], column, data)
             file.hold(place.start, data)
         try:
             parquet = pq.ParquetFile(

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dicmh_ray.archive.part import Part
+from dicmh_ray.archive.part import Part, RowGroupFacts
 from dicmh_ray.archive.plan import Plan
-from dicmh_ray.archive.schema import STATUSES, EncodedImage
+from dicmh_ray.archive.schema import SMALL_COLUMNS, STATUSES, EncodedImage
 from dicmh_ray.archive.sealed import seal, unseal
 from dicmh_ray.archive.store import Store, check_name
 from dicmh_ray.errors import CorruptObjectError
@@ -69,11 +69,13 @@ class PartFacts:
     footer_sha256: str
     """Of those bytes."""
 
-    num_rows: int
-    """Rows."""
+    row_groups: tuple[RowGroupFacts, ...]
+    """What each row group must be."""
 
-    num_row_groups: int
-    """Row groups."""
+    @property
+    def num_rows(self) -> int:
+        """Rows in all row groups."""
+        return sum(group.num_rows for group in self.row_groups)
 
     @classmethod
     def of(cls, part: Part) -> "PartFacts":
@@ -84,9 +86,19 @@ class PartFacts:
             sha256=part.sha256,
             footer_bytes=part.footer_bytes,
             footer_sha256=part.footer_sha256,
-            num_rows=part.num_rows,
-            num_row_groups=part.num_row_groups,
+            row_groups=part.row_groups,
         )
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> "PartFacts":
+        """From a commit's JSON."""
+        groups = tuple(
+            RowGroupFacts(num_rows=g["num_rows"], chunk_crc32c=tuple(g["chunk_crc32c"]))
+            for g in body["row_groups"]
+        )
+        if any(len(group.chunk_crc32c) != len(SMALL_COLUMNS) for group in groups):
+            raise ValueError("a row group has too few or too many column checksums")
+        return cls(**{**body, "row_groups": groups})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,13 +204,13 @@ class Commit:
                 plan_id=body["plan_id"],
                 codec_id=body["codec_id"],
                 attempt=body["attempt"],
-                parts=tuple(PartFacts(**part) for part in body["parts"]),
+                parts=tuple(PartFacts.from_dict(part) for part in body["parts"]),
                 index=ObjectFacts(**body["index"]),
                 statistics=UnitStatistics(**body["statistics"]),
                 info=body["info"],
                 created_by=body["created_by"],
             )
-        except (KeyError, TypeError) as exc:
+        except (KeyError, TypeError, ValueError) as exc:
             raise CorruptObjectError(name, f"not a commit: {exc!r}") from exc
         for stored in (*(part.name for part in commit.parts), commit.index.name):
             check_name(stored)

@@ -14,15 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dicmh_ray.archive.pages import value_ranges
+from dicmh_ray.archive.ranges import ByteRange
 from dicmh_ray.archive.schema import (
     ARROW_SCHEMA,
     BLOBS,
     COLUMNS,
+    SMALL_COLUMNS,
     EncodedImage,
     check_row,
     row_crc32c,
     to_table,
 )
+from dicmh_ray.bitstream import crc32c
 from dicmh_ray.errors import CorruptObjectError
 
 _MAGIC = b"PAR1"
@@ -78,6 +81,21 @@ INDEX_SCHEMA = pa.schema(_INDEX_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RowGroupFacts:
+    """What the small columns of a row group must be.
+
+    Parquet's page checksums leave out the page headers, and its C++ reader may abort the process
+    on a damaged one: no column chunk reaches it before its bytes are known to be sound.
+    """
+
+    num_rows: int
+    """Rows."""
+
+    chunk_crc32c: tuple[int, ...]
+    """CRC-32C of the bytes of each small column's chunk, in schema order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """One finished Parquet file, in memory, and its share of the unit's index."""
 
@@ -96,11 +114,8 @@ class Part:
     footer_sha256: str
     """Of those bytes: page checksums do not cover them."""
 
-    num_rows: int
-    """Rows in all row groups."""
-
-    num_row_groups: int
-    """Row groups."""
+    row_groups: tuple["RowGroupFacts", ...]
+    """What each row group must be."""
 
     index: pa.Table
     """:data:`INDEX_SCHEMA`, one row a row."""
@@ -148,7 +163,7 @@ def index_part(name: str, data: bytes) -> pa.Table:
         tables = []
         for group in range(file.num_row_groups):
             small = file.read_row_group(group, columns=[*_INDEXED, "crc32c"])
-            tables.append(_index_row_group(name, data, file.metadata, group, small))
+            tables.append(index_row_group(name, data, file.metadata, group, small))
     except (OSError, pa.ArrowException) as exc:
         raise CorruptObjectError(name, f"not a readable part: {exc}") from exc
     return pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
@@ -168,6 +183,57 @@ def open_part(source: Any, name: str) -> pq.ParquetFile:
     if not schema.equals(ARROW_SCHEMA):
         raise CorruptObjectError(name, "columns are not those of this archive version")
     return file
+
+
+def index_row_group(
+    name: str, data: bytes, metadata: pq.FileMetaData, group: int, small: pa.Table
+) -> pa.Table:
+    """The index of one row group, from the file's bytes and its sound small columns.
+
+    Raises:
+        CorruptObjectError: the blob columns are not as this format writes them.
+    """
+    num_rows = metadata.row_group(group).num_rows
+    columns: dict[str, Any] = {field: small[field] for field in (*_INDEXED, "crc32c")}
+    columns["part"] = pa.array([name] * num_rows, pa.string())
+    columns["row_group"] = pa.array(np.full(num_rows, group, np.int32))
+    columns["row"] = pa.array(np.arange(num_rows, dtype=np.int32))
+    for column in range(metadata.num_columns):
+        chunk = metadata.row_group(group).column(column)
+        blob = chunk.path_in_schema
+        if blob not in BLOBS:
+            continue
+        stop = chunk.data_page_offset + chunk.total_compressed_size
+        if chunk.compression != "UNCOMPRESSED" or not 0 < stop <= len(data):
+            raise CorruptObjectError(name, f"column {blob} of row group {group} is not plain")
+        ranges = value_ranges(data, chunk.data_page_offset, stop, num_rows, name)
+        columns[f"{blob}_offset"] = pa.array(ranges.offsets)
+        columns[f"{blob}_length"] = pa.array(ranges.lengths.astype(np.int32))
+    return pa.table([columns[field.name] for field in INDEX_SCHEMA], schema=INDEX_SCHEMA)
+
+
+def small_chunks(metadata: pq.FileMetaData, group: int) -> dict[str, ByteRange]:
+    """Where the chunk of each small column of a row group lies, in schema order."""
+    chunks = metadata.row_group(group)
+    found = {}
+    for number in range(chunks.num_columns):
+        chunk = chunks.column(number)
+        name = chunk.path_in_schema.partition(".")[0]
+        if name not in BLOBS:
+            start = chunk.dictionary_page_offset or chunk.data_page_offset
+            found[name] = ByteRange(start, chunk.total_compressed_size)
+    return found
+
+
+def check_chunk(name: str, group: int, facts: RowGroupFacts, column: str, data: bytes) -> None:
+    """Check the bytes of one small column's chunk.
+
+    Raises:
+        CorruptObjectError: they are not those that were written.
+    """
+    if crc32c(data) != facts.chunk_crc32c[SMALL_COLUMNS.index(column)]:
+        reason = f"row group {group}: column {column} does not match its CRC-32C"
+        raise CorruptObjectError(name, reason)
 
 
 def write_index(table: pa.Table) -> bytes:
@@ -248,7 +314,7 @@ def _write_part(
     metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
     indexes = []
     for number, (group, table) in enumerate(zip(groups, tables, strict=True)):
-        index = _index_row_group(name, data, metadata, number, table)
+        index = index_row_group(name, data, metadata, number, table)
         _check_index(name, data, index, group)
         indexes.append(index)
     length = footer_bytes(name, data[-8:], len(data))
@@ -258,8 +324,7 @@ def _write_part(
         sha256=sha256,
         footer_bytes=length,
         footer_sha256=hashlib.sha256(data[-length:]).hexdigest(),
-        num_rows=sum(map(len, groups)),
-        num_row_groups=len(groups),
+        row_groups=tuple(_row_group_facts(data, metadata, number) for number in range(len(groups))),
         index=pa.concat_tables(indexes),
     )
 
@@ -276,28 +341,6 @@ def footer_bytes(name: str, trailer: bytes, num_bytes: int) -> int:
     return length
 
 
-def _index_row_group(
-    name: str, data: bytes, metadata: pq.FileMetaData, group: int, small: pa.Table
-) -> pa.Table:
-    num_rows = metadata.row_group(group).num_rows
-    columns: dict[str, Any] = {field: small[field] for field in (*_INDEXED, "crc32c")}
-    columns["part"] = pa.array([name] * num_rows, pa.string())
-    columns["row_group"] = pa.array(np.full(num_rows, group, np.int32))
-    columns["row"] = pa.array(np.arange(num_rows, dtype=np.int32))
-    for column in range(metadata.num_columns):
-        chunk = metadata.row_group(group).column(column)
-        blob = chunk.path_in_schema
-        if blob not in BLOBS:
-            continue
-        stop = chunk.data_page_offset + chunk.total_compressed_size
-        if chunk.compression != "UNCOMPRESSED" or not 0 < stop <= len(data):
-            raise CorruptObjectError(name, f"column {blob} of row group {group} is not plain")
-        ranges = value_ranges(data, chunk.data_page_offset, stop, num_rows, name)
-        columns[f"{blob}_offset"] = pa.array(ranges.offsets)
-        columns[f"{blob}_length"] = pa.array(ranges.lengths.astype(np.int32))
-    return pa.table([columns[field.name] for field in INDEX_SCHEMA], schema=INDEX_SCHEMA)
-
-
 def _check_index(name: str, data: bytes, index: pa.Table, rows: Sequence[EncodedImage]) -> None:
     """Compare every blob with the file's bytes where the index says it is."""
     for blob in BLOBS:
@@ -306,3 +349,15 @@ def _check_index(name: str, data: bytes, index: pa.Table, rows: Sequence[Encoded
         for row, offset, length in zip(rows, offsets, lengths, strict=True):
             if data[offset : offset + length] != getattr(row, blob):
                 raise CorruptObjectError(name, f"index of {blob} misses the value of {row.key!r}")
+
+
+def _row_group_facts(data: bytes, metadata: pq.FileMetaData, group: int) -> RowGroupFacts:
+    chunks = small_chunks(metadata, group)
+    if tuple(chunks) != SMALL_COLUMNS:
+        raise AssertionError("the Parquet writer changed the order of columns")
+    return RowGroupFacts(
+        num_rows=metadata.row_group(group).num_rows,
+        chunk_crc32c=tuple(
+            crc32c(data[start : start + length]) for start, length in chunks.values()
+        ),
+    )

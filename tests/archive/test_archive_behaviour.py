@@ -203,7 +203,7 @@ class TestStoreWithoutConditionalPuts:
         assert job.committed_units() == {"u0"}
         job.commit_unit("u1", [])
         manifest = job.finalize()
-        assert list(manifest.commits)[0] == names[0]
+        assert next(iter(manifest.commits)) == names[0]
         assert open_snapshot(uri).commits[0] == commit
         assert verify_archive(uri).exit_code == 0
 
@@ -265,8 +265,8 @@ def test_a_job_killed_between_any_two_writes_is_resumed(tmp_path):
         plan = plan_of("u0", "u1")
         create_archive(uri, plan=plan, codec_files=CODEC_FILES)
         job = ArchiveWriter(store, plan)
-        for i, unit in enumerate(sorted(set(plan.unit_names) - job.committed_units())):
-            job.commit_unit(unit, mixed_rows(10 * int(unit[1]), 3 + 0 * i))
+        for unit in sorted(set(plan.unit_names) - job.committed_units()):
+            job.commit_unit(unit, mixed_rows(10 * int(unit[1]), 3))
         job.finalize()
 
     for writes in range(8):

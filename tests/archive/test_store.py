@@ -193,7 +193,7 @@ def test_a_foreign_exception_becomes_a_connection_error(address):
             with self._boundary(name):
                 raise HttpError(500)
 
-    with pytest.raises(ConnectionError, match="memory://.*HttpError") as caught:
+    with pytest.raises(ConnectionError, match=r"memory://.*HttpError") as caught:
         Broken(address).get("x")
     assert isinstance(caught.value.__cause__, HttpError)
 
