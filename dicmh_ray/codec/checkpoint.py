@@ -74,9 +74,7 @@ def read_checkpoint(checkpoint: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint:
         raise WeightsError(str(checkpoint), "config.json is no checkpoint's") from exc
     if found != FORMAT:
         raise WeightsError(str(checkpoint), f"format is {found!r}, wanted {FORMAT!r}")
-    return Checkpoint(
-        codec_id=identity(files), num_states=num_states, config=config, files=files
-    )
+    return Checkpoint(codec_id=identity(files), num_states=num_states, config=config, files=files)
 
 
 def identity(files: dict[str, bytes]) -> str:

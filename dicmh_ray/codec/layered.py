@@ -30,13 +30,14 @@ def merge_matrix(num_luma: int, num_chroma: int, num_merged: int) -> Tensor:
     Returns:
         Float32 ``[4 C, 4 C]`` for channels in ``pixel_unshuffle`` order (channel, then cell).
     """
-    haar = 0.5 * torch.tensor(
-        [[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
-    )
+    haar = 0.5 * torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
     first = (0, num_luma, num_luma + num_chroma)
     merged = {start + i for start in first for i in range(num_merged)}
-    blocks = [haar if c in merged else torch.eye(4) for c in range(num_luma + 2 * num_chroma)]
-    return torch.block_diag(*blocks)
+    channels = num_luma + 2 * num_chroma
+    matrix = torch.zeros(channels, 4, channels, 4)
+    for c in range(channels):
+        matrix[c, :, c] = haar if c in merged else torch.eye(4)
+    return matrix.reshape(4 * channels, 4 * channels)
 
 
 class LatentTransform(nn.Module):

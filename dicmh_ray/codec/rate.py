@@ -20,6 +20,10 @@ MAX_MAGNITUDE = 15.0
 
 MIN_LIKELIHOOD = 1e-9
 
+MIN_SCALE = 0.004
+"""Floor of the logistic scale. The additive noise makes a symbol that is surely zero cost about
+2.4 times this many bits, so it must be small where most symbols are."""
+
 
 class ContextRate(nn.Module):
     """Estimated bits of the rounded latent, for one state per image."""
@@ -54,7 +58,7 @@ class ContextRate(nn.Module):
         rounded = scaled + (scaled.round() - scaled).detach()
         noisy = scaled + torch.rand_like(scaled) - 0.5 if self.training else rounded
         bits = torch.zeros_like(step_B)
-        for state in state_B.unique().tolist():
+        for state in sorted(set(state_B.tolist())):
             rows = (state_B == state).nonzero()[:, 0]
             mean, scale = self._predict(rounded[rows], state)
             bits = bits.index_add(0, rows, self._bits(noisy[rows], mean, scale).sum((1, 2, 3)))
@@ -77,7 +81,7 @@ class ContextRate(nn.Module):
         across = (self.across[state] * self.lower)[:, :, None, None]
         beside = self.beside[state][:, :, None, None]
         scale = F.conv2d(magnitude, across) + F.conv2d(around, beside) + around
-        return mean, F.softplus(scale + self.floor[state][:, None, None]) + 0.02
+        return mean, F.softplus(scale + self.floor[state][:, None, None]) + MIN_SCALE
 
     @staticmethod
     def _bits(values: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

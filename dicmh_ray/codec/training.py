@@ -136,7 +136,7 @@ def train(
         folder: holds the run; created if it does not exist.
         options: the schedule. May differ from the run's earlier part.
         network: shape of a new run; a run that goes on must have the same.
-        device: a torch device.
+        device: a torch device, or ``"auto"`` for CUDA where there is one.
         report: called about every 50 steps with step, seconds, and bpp and PSNR of each state.
 
     Returns:
@@ -147,6 +147,8 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = _Trainer(photographs, folder, options, network, device)
     trainer.run(report)
     return trainer.averaged().eval()
@@ -165,10 +167,10 @@ class _Trainer:
         self.config, self.device = config, torch.device(device)
         self.network = CodecNetwork(config)
         self.rate = ContextRate(config.y_channels, config.num_states)
-        self.step, self.seconds = 0, 0.0
+        self.step = 0
         self.loss_size = torch.ones(config.num_states)
         progress = folder / PROGRESS_FILE
-        self.network.to(self.device, memory_format=torch.channels_last)
+        self.network.to(self.device).to(memory_format=torch.channels_last)
         self.rate.to(self.device)
         if not progress.exists():
             rng = np.random.default_rng(options.seed)
@@ -199,9 +201,7 @@ class _Trainer:
             spent = (time.monotonic() - started) / 60
             if spent >= options.minutes:
                 break
-            done = max(
-                (self.step - first) / max(options.steps - first, 1), spent / options.minutes
-            )
+            done = max((self.step - first) / max(options.steps - first, 1), spent / options.minutes)
             learning_rate = _schedule(done, self.step) * options.learning_rate
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate * group["factor"]
@@ -209,7 +209,10 @@ class _Trainer:
             x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
             states = torch.from_numpy(
                 np.concatenate(
-                    [rng.permutation(config.num_states) for _ in range(-(-len(x) // config.num_states))]
+                    [
+                        rng.permutation(config.num_states)
+                        for _ in range(-(-len(x) // config.num_states))
+                    ]
                 )[: len(x)]
             ).to(self.device)
             y, bits = self.rate(self.network.encode(x), steps[states], states)
@@ -229,7 +232,6 @@ class _Trainer:
                 1, states.cpu(), torch.stack([bpp, error, torch.ones_like(bpp)]).detach().cpu()
             )
             if self.step % 50 == 0:
-                self.seconds += 0.0
                 self._report(sums, learning_rate, time.monotonic() - started, report)
                 sums.zero_()
             if time.monotonic() - last_save > options.save_seconds:

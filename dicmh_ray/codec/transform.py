@@ -118,9 +118,7 @@ class PatchAutoencoder(nn.Module):
         self.synthesis = nn.ConvTranspose2d(
             self.channels, 3, 2 * PATCH, stride=PATCH, padding=PATCH // 2
         )
-        self.blocks = nn.ModuleList(
-            ResidualBlock(self.channels, hidden) for _ in range(blocks)
-        )
+        self.blocks = nn.ModuleList(ResidualBlock(self.channels, hidden) for _ in range(blocks))
         self.z_scale: Tensor
         self.register_buffer("z_scale", torch.ones(self.channels))
         basis = F.pad(patch_basis(num_luma, num_chroma), [PATCH // 2] * 4)

@@ -1,0 +1,109 @@
+"""From a training run to a checkpoint directory: round the weights, fit the tables, write."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from dicmh_ray.codec.checkpoint import FORMAT, Checkpoint, read_checkpoint
+from dicmh_ray.codec.fitting import fit_tables
+from dicmh_ray.codec.network import CodecNetwork
+from dicmh_ray.codec.symbols import ContextTables
+from dicmh_ray.codec.training import PackedPhotographs
+
+CODER = "layered/1"
+
+GROUP_SHARES = (0.04, 0.16, 0.375, 0.625)
+"""Where the channel groups end, as shares of the channels; few channels matter, so they come first."""
+
+
+def channel_groups(channels: int) -> tuple[int, ...]:
+    """First channel of each coding group, and the number of channels."""
+    inner = {max(1, round(share * channels)) for share in GROUP_SHARES}
+    return (0, *sorted(inner - {channels}), channels)
+
+
+def round_weights(network: CodecNetwork) -> None:
+    """Round every weight to float16, as the checkpoint will hold it."""
+    network.load_state_dict({k: v.half().float() for k, v in network.state_dict().items()})
+
+
+def training_symbols(
+    network: CodecNetwork,
+    photographs: PackedPhotographs,
+    *,
+    crops: int,
+    size: int = 256,
+    seed: int = 5,
+) -> list[npt.NDArray[np.int16]]:
+    """Finest symbols of random crops, each int16 ``[C, size / 16, size / 16]``."""
+    rng = np.random.default_rng(seed)
+    tiles: list[npt.NDArray[np.int16]] = []
+    with torch.inference_mode():
+        while len(tiles) < crops:
+            y = network.encode(photographs.crops(8, size, rng).float())
+            tiles.extend((y / network.config.steps[-1]).round().to(torch.int16).numpy())
+    return tiles[:crops]
+
+
+def write_checkpoint(
+    network: CodecNetwork, tables: ContextTables, folder: Path, *, provenance: dict[str, Any]
+) -> Checkpoint:
+    """Write ``config.json``, ``weights.safetensors`` and ``tables.safetensors``.
+
+    Args:
+        network: weights already rounded by :func:`round_weights`.
+        tables: fitted to that network's symbols.
+        folder: created if needed; files in it are replaced.
+        provenance: how the checkpoint came to be; goes into ``config.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half().contiguous() for k, v in network.state_dict().items()}
+    config = {
+        "format": FORMAT,
+        "coder": CODER,
+        "network": network.config.to_dict(),
+        "provenance": provenance,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "weights.safetensors").write_bytes(safetensors.torch.save(weights))
+    (folder / "tables.safetensors").write_bytes(safetensors.numpy.save(tables.to_arrays()))
+    return read_checkpoint(folder)
+
+
+def export(
+    network: CodecNetwork,
+    photographs: PackedPhotographs,
+    folder: Path,
+    *,
+    provenance: dict[str, Any],
+    crops: int = 800,
+    steps: int = 300,
+    report: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """Turn a trained network into a checkpoint directory.
+
+    Args:
+        network: in evaluation mode; its weights are rounded in place.
+        photographs: training photographs, for the tables.
+        folder: where the checkpoint goes.
+        provenance: see :func:`write_checkpoint`.
+        crops: 256x256 crops that the tables are fitted to.
+        steps: optimiser steps of the fit, for each state.
+        report: called with lines of text.
+    """
+    round_weights(network)
+    tables = fit_tables(
+        training_symbols(network, photographs, crops=crops),
+        num_states=network.config.num_states,
+        groups=channel_groups(network.config.y_channels),
+        steps=steps,
+        report=report,
+    )
+    return write_checkpoint(network, tables, folder, provenance=provenance)

@@ -1,0 +1,323 @@
+"""LayeredCodec: the networks and the symbol coder in encode and decode order.
+
+    image ──network──> y ──round──> symbols ──SymbolCoder──> states ──frame──> bitstream
+    bitstream ──SymbolCoder──> symbols ──x step──> y ──network(state)──> image
+
+Large pictures are cut twice: the symbols into tiles of 64x64 cells that are coded on their own,
+and the networks' work into overlapping windows whose overlap covers the networks' reach, so that
+the result is that of one pass. Memory is the symbols and samples of one picture plus one window.
+
+Shape suffixes: B images, C channels, i j the grid of y (1/16).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bitstream
+from dicmh_ray.codec import Quality
+from dicmh_ray.codec.checkpoint import Checkpoint, read_checkpoint
+from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
+from dicmh_ray.codec.quality import measure
+from dicmh_ray.codec.symbols import (
+    ContextTables,
+    Ints,
+    SymbolCoder,
+)
+from dicmh_ray.errors import (
+    CodecMismatchError,
+    EncodeError,
+    InvalidHeaderError,
+    SymbolError,
+    WeightsError,
+)
+import itertools
+
+TILE = 64
+"""Cells per side of a tile of symbols: 1024 pixels."""
+
+WINDOW = 128
+"""Cells per side of a window of the networks: 2048 pixels."""
+
+ENCODE_MARGIN = 6
+"""Cells of picture around a window that its y depends on."""
+
+DECODE_MARGIN = 9
+"""Cells of y around a window that its pixels depend on."""
+
+MAX_SYMBOL = 32_767
+"""Largest magnitude of a finest symbol: what int16 holds."""
+
+
+class _Window(NamedTuple):
+    """A stretch of cells on one axis, with and without its margin."""
+
+    start: int
+    stop: int
+    outer_start: int
+    outer_stop: int
+
+
+class LayeredCodec:
+    """The default codec. See :class:`dicmh_ray.codec.ImageCodec` for the contract."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, network: CodecNetwork, tables: ContextTables, device: str
+    ) -> None:
+        self.codec_id = checkpoint.codec_id
+        self.num_states = network.config.num_states
+        self.latent_channels = network.config.y_channels
+        self._steps = network.config.steps
+        self._device = torch.device(device)
+        self._network = network.eval().to(self._device).to(memory_format=torch.channels_last)
+        self._coder = SymbolCoder(tables)
+        latent = network.latent
+        self._unit: npt.NDArray[np.float32] = (
+            (latent.y_scale * latent.log_gain.exp()).detach().float().cpu().numpy()
+        )
+
+    def encode(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        tags: Sequence[Sequence[str]],
+        exif_orientations: Sequence[int],
+    ) -> list[bytes]:
+        streams = []
+        latents = self._analyse(images)
+        for image, latent, image_tags, orientation in zip(
+            images, latents, tags, exif_orientations, strict=True
+        ):
+            header = Header(
+                codec_id=self.codec_id,
+                width=image.shape[1],
+                height=image.shape[0],
+                exif_orientation=orientation,
+                is_grey=bool(
+                    (image[..., 0] == image[..., 1]).all()
+                    and (image[..., 0] == image[..., 2]).all()
+                ),
+                num_states=self.num_states,
+            )
+            symbols = self._round(latent)
+            data = write_bitstream(header, image_tags, self._encode_symbols(symbols))
+            if not np.array_equal(self._decode_symbols(data, None)[1], symbols):
+                raise EncodeError("the stream does not decode to the symbols that were encoded")
+            streams.append(data)
+        return streams
+
+    def decode(
+        self, bitstreams: Sequence[bytes], *, states: int | None = None, view: str = "machine"
+    ) -> list[npt.NDArray[np.uint8]]:
+        if view != "machine":
+            raise ValueError(f"view is {view!r}, this codec offers 'machine'")
+        images = []
+        for data in bitstreams:
+            header, symbols, count = self._decode_symbols(data, states)
+            image = self._synthesise(symbols, count - 1)
+            image = np.ascontiguousarray(image[: header.height, : header.width])
+            if header.is_grey:
+                image[:] = np.rint(image.mean(2, keepdims=True, dtype=np.float32)).astype(np.uint8)
+            images.append(image)
+        return images
+
+    def decode_latent(
+        self, bitstreams: Sequence[bytes], *, states: int | None = None
+    ) -> list[npt.NDArray[np.float16]]:
+        latents = []
+        for data in bitstreams:
+            _, symbols, count = self._decode_symbols(data, states)
+            scale = self._steps[count - 1] / self._unit
+            latents.append((symbols * scale[:, None, None]).astype(np.float16))
+        return latents
+
+    def measure(
+        self,
+        originals: Sequence[npt.NDArray[np.uint8]],
+        decoded: Sequence[npt.NDArray[np.uint8]],
+    ) -> list[Quality]:
+        return measure(originals, decoded)
+
+    def _analyse(
+        self, images: Sequence[npt.NDArray[np.uint8]]
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """The latent of each image, float32 ``[C, i, j]``."""
+        for image in images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
+            yield self._analyse_windows(image)
+
+    def _analyse_windows(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        rows, columns = (-(-side // ALIGNMENT) for side in image.shape[:2])
+        latent = np.empty((self.latent_channels, rows, columns), np.float32)
+        for down in _windows(rows, ENCODE_MARGIN):
+            for across in _windows(columns, ENCODE_MARGIN):
+                region = image[
+                    ALIGNMENT * down.outer_start : ALIGNMENT * down.outer_stop,
+                    ALIGNMENT * across.outer_start : ALIGNMENT * across.outer_stop,
+                ]
+                height = ALIGNMENT * (down.outer_stop - down.outer_start)
+                width = ALIGNMENT * (across.outer_stop - across.outer_start)
+                padding = ((0, height - region.shape[0]), (0, width - region.shape[1]), (0, 0))
+                padded = np.pad(region, padding, "edge")
+                y = self._run(
+                    lambda x: self._network.encode(x.permute(0, 3, 1, 2).float()), padded[None]
+                )
+                latent[:, down.start : down.stop, across.start : across.stop] = y[0][
+                    :,
+                    down.start - down.outer_start : down.stop - down.outer_start,
+                    across.start - across.outer_start : across.stop - across.outer_start,
+                ]
+        return latent
+
+    def _round(self, latent: npt.NDArray[np.float32]) -> Ints:
+        """Finest symbols. A latent that is not finite must not reach the coder."""
+        if not np.isfinite(latent).all():
+            raise EncodeError("the latent is not finite")
+        scaled = latent / np.float32(self._steps[-1])
+        return np.clip(np.rint(scaled), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int32)
+
+    def _encode_symbols(self, symbols: Ints) -> list[State]:
+        tiles = [
+            self._coder.encode(np.ascontiguousarray(symbols[:, rows, columns]))
+            for rows, columns in _tiles(symbols.shape[1:])
+        ]
+        states = []
+        for state in range(self.num_states):
+            payloads = [tile[state].payload for tile in tiles]
+            crc = 0
+            for tile in tiles:
+                crc = crc32c(tile[state].refinement, crc)
+            lengths = b"".join(len(p).to_bytes(4, "little") for p in payloads[:-1])
+            states.append(State(lengths + b"".join(payloads), crc))
+        return states
+
+    def _decode_symbols(self, data: bytes, states: int | None) -> tuple[Header, Ints, int]:
+        """Header, symbols int32 ``[C, i, j]`` of the last wanted state, and how many states."""
+        stream = parse_bitstream(data)
+        header = stream.header
+        if header.codec_id != self.codec_id[:16]:
+            raise CodecMismatchError(self.codec_id[:16], header.codec_id)
+        if len(stream.states) > self.num_states:
+            raise InvalidHeaderError("state count", header.num_states, f"1..{self.num_states}")
+        if states is not None and states < 1:
+            raise ValueError(f"states is {states}, wanted 1 or more")
+        wanted = stream.states[:states]
+        shape = (-(-header.height // ALIGNMENT), -(-header.width // ALIGNMENT))
+        tiles = list(_tiles(shape))
+        payloads = [_split(state.payload, len(tiles), k) for k, state in enumerate(wanted)]
+        symbols = np.empty((self.latent_channels, *shape), np.int32)
+        crcs = [0] * len(wanted)
+        for number, (rows, columns) in enumerate(tiles):
+            parent: Ints | None = None
+            cells = (rows.stop - rows.start, columns.stop - columns.start)
+            for state in range(len(wanted)):
+                tile = self._coder.decode(state, parent, cells, payloads[state][number])
+                crcs[state] = crc32c(tile.refinement, crcs[state])
+                parent = tile.symbols
+            symbols[:, rows, columns] = parent
+        for number, (crc, coded) in enumerate(zip(crcs, wanted, strict=True)):
+            if crc != coded.symbol_crc:
+                raise SymbolError(f"state {number}", "symbols do not match their checksum")
+        return header, symbols, len(wanted)
+
+    def _synthesise(self, symbols: Ints, state: int) -> npt.NDArray[np.uint8]:
+        rows, columns = symbols.shape[1:]
+        image = np.empty((ALIGNMENT * rows, ALIGNMENT * columns, 3), np.uint8)
+        step = self._steps[state]
+
+        def pixels(y_BCij: Tensor) -> Tensor:
+            states_B = torch.full((len(y_BCij),), state, device=y_BCij.device)
+            x = self._network.decode(y_BCij.float() * step, states_B)
+            return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+        for down in _windows(rows, DECODE_MARGIN):
+            for across in _windows(columns, DECODE_MARGIN):
+                region = symbols[
+                    :, down.outer_start : down.outer_stop, across.outer_start : across.outer_stop
+                ]
+                x = self._run(pixels, region[None])[0]
+                top, left = down.start - down.outer_start, across.start - across.outer_start
+                height, width = down.stop - down.start, across.stop - across.start
+                image[
+                    ALIGNMENT * down.start : ALIGNMENT * down.stop,
+                    ALIGNMENT * across.start : ALIGNMENT * across.stop,
+                ] = x[
+                    ALIGNMENT * top : ALIGNMENT * (top + height),
+                    ALIGNMENT * left : ALIGNMENT * (left + width),
+                ]
+        return image
+
+    def _run(
+        self, function: Callable[[Tensor], Tensor], array: npt.NDArray[np.generic]
+    ) -> npt.NDArray[np.generic]:
+        """Run a network on an array, in float32 whatever autocast the caller is under."""
+        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
+            tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+            result: npt.NDArray[np.generic] = function(tensor).cpu().numpy()
+        return result
+
+
+def load_layered_codec(
+    checkpoint: str | Path, *, device: str = "auto", threads: int | None = None
+) -> LayeredCodec:
+    """Load a checkpoint's networks and tables. Arguments and errors as ``load_codec``."""
+    content = read_checkpoint(checkpoint)
+    name = str(checkpoint)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        network = CodecNetwork(NetworkConfig.from_dict(content.config["network"]))
+        weights = safetensors.torch.load(content.files["weights.safetensors"])
+        network.load_state_dict({key: value.float() for key, value in weights.items()})
+        tables = safetensors.numpy.load(content.files["tables.safetensors"])
+    except (KeyError, TypeError, RuntimeError, ValueError, safetensors.SafetensorError) as exc:
+        raise WeightsError(name, str(exc)) from exc
+    for key, value in network.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(name, f"{key} is not finite")
+    return LayeredCodec(content, network, ContextTables.from_arrays(tables, name), device)
+
+
+def _windows(cells: int, margin: int) -> list[_Window]:
+    return [
+        _Window(
+            start,
+            min(start + WINDOW, cells),
+            max(start - margin, 0),
+            min(start + WINDOW + margin, cells),
+        )
+        for start in range(0, cells, WINDOW)
+    ]
+
+
+def _tiles(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    rows, columns = shape
+    for top in range(0, rows, TILE):
+        for left in range(0, columns, TILE):
+            yield slice(top, min(top + TILE, rows)), slice(left, min(left + TILE, columns))
+
+
+def _split(payload: bytes, tiles: int, state: int) -> list[bytes]:
+    """Cut a state's payload into its tiles': lengths of all but the last come first."""
+    section, table = f"state {state}", 4 * (tiles - 1)
+    if len(payload) < table:
+        raise SymbolError(section, f"{len(payload)} bytes do not hold {tiles} tiles")
+    lengths = np.frombuffer(payload, "<u4", tiles - 1).astype(np.int64).tolist()
+    edges = [table]
+    for length in lengths:
+        edges.append(edges[-1] + length)
+    if edges[-1] > len(payload):
+        raise SymbolError(section, f"its tiles need more than {len(payload)} bytes")
+    edges.append(len(payload))
+    return [payload[start:stop] for start, stop in itertools.pairwise(edges)]

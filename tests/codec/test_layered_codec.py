@@ -1,0 +1,219 @@
+"""The default codec on the tiny checkpoint: every size, every state, no surprises."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dicmh_ray.bitstream import Header, State, parse_bitstream, prefix_bytes, write_bitstream
+from dicmh_ray.codec import layered_codec, load_codec, read_checkpoint
+from dicmh_ray.codec.layered_codec import LayeredCodec
+from dicmh_ray.errors import (
+    BitstreamError,
+    CodecMismatchError,
+    EncodeError,
+    SymbolError,
+    WeightsError,
+)
+from tests.golden.make_golden import digest
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def codec() -> LayeredCodec:
+    loaded = load_codec(GOLDEN / "checkpoint", device="cpu")
+    assert isinstance(loaded, LayeredCodec)
+    return loaded
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth colour field with edges and some noise, uint8 ``[H, W, 3]``."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    base = np.stack([x * 1.7 + seed, y * 1.3, 90 + 60 * np.sin((x + y) / 17)], -1) % 256
+    base[(x // 23 + y // 19) % 5 == 0] *= 0.4
+    return (base + rng.normal(0, 4, base.shape)).clip(0, 255).astype(np.uint8)
+
+
+def encode(codec: LayeredCodec, image: np.ndarray) -> bytes:
+    return codec.encode([image], tags=[("a tag",)], exif_orientations=[6])[0]
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 40), (15, 16), (17, 33), (64, 48), (1040, 24), (30, 1100)]
+)
+def test_any_size_comes_back_at_its_size(codec: LayeredCodec, size: tuple[int, int]) -> None:
+    image = picture(*size)
+    data = encode(codec, image)
+    stream = parse_bitstream(data)
+    assert (stream.header.height, stream.header.width) == size
+    assert stream.header.exif_orientation == 6
+    assert stream.tags == ("a tag",)
+    decoded = codec.decode([data])[0]
+    assert decoded.shape == (*size, 3)
+    assert decoded.dtype == np.uint8
+    assert codec.measure([image], [decoded])[0].psnr > 18
+
+
+def test_a_prefix_is_what_encoding_fewer_states_would_give(codec: LayeredCodec) -> None:
+    data = encode(codec, picture(70, 50))
+    ends = prefix_bytes(data)
+    for count, end in enumerate(ends, 1):
+        whole = codec.decode([data], states=count)[0]
+        np.testing.assert_array_equal(codec.decode([data[:end]])[0], whole)
+        np.testing.assert_array_equal(
+            codec.decode_latent([data[:end]])[0], codec.decode_latent([data], states=count)[0]
+        )
+
+
+def test_more_states_are_closer_to_the_source(codec: LayeredCodec) -> None:
+    image = picture(96, 96)
+    data = encode(codec, image)
+    scores = [codec.measure([image], codec.decode([data], states=k))[0].psnr for k in (1, 2, 3)]
+    assert scores == sorted(scores)
+
+
+def test_grey_stays_grey(codec: LayeredCodec) -> None:
+    image = np.repeat(picture(40, 40)[:, :, :1], 3, 2)
+    decoded = codec.decode([encode(codec, image)])[0]
+    assert (decoded == decoded[:, :, :1]).all()
+
+
+def test_windows_give_the_picture_of_one_pass(
+    codec: LayeredCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(400, 330)
+    data = encode(codec, image)
+    whole = codec.decode([data])[0]
+    monkeypatch.setattr(layered_codec, "WINDOW", 8)
+    windowed = codec.decode([data])[0]
+    assert np.abs(whole.astype(int) - windowed).max() <= 1
+    again = encode(codec, image)
+    difference = codec._decode_symbols(data, None)[1] != codec._decode_symbols(again, None)[1]
+    assert difference.mean() < 1e-4
+
+
+def test_images_of_a_batch_are_coded_as_alone(codec: LayeredCodec) -> None:
+    images = [picture(33, 20), picture(64, 64, 1), picture(33, 20, 2)]
+    together = codec.encode(images, tags=[()] * 3, exif_orientations=[1] * 3)
+    alone = [codec.encode([i], tags=[()], exif_orientations=[1])[0] for i in images]
+    assert together == alone
+
+
+SETTINGS = ("two threads", "one thread", "no mkldnn", "bf16 autocast", "NCHW", "float64 default")
+
+
+@pytest.mark.parametrize("writer", SETTINGS)
+def test_streams_decode_to_the_same_symbols_under_every_setting(
+    codec: LayeredCodec, writer: str
+) -> None:
+    image = picture(90, 120, seed=len(writer))
+    data = under(codec, writer, lambda: encode(codec, image))
+    symbols = [
+        under(codec, reader, lambda: codec._decode_symbols(data, None)[1]) for reader in SETTINGS
+    ]
+    for found in symbols[1:]:
+        np.testing.assert_array_equal(symbols[0], found)
+
+
+def under(codec: LayeredCodec, setting: str, action: Callable[[], Any]) -> Any:
+    """Run an action under a torch setting, and restore it."""
+    threads = torch.get_num_threads()
+    layout = torch.contiguous_format if setting == "NCHW" else torch.channels_last
+    codec._network.to(memory_format=layout)
+    try:
+        if setting in ("one thread", "two threads"):
+            torch.set_num_threads(1 if setting == "one thread" else 2)
+        if setting == "float64 default":
+            torch.set_default_dtype(torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of TF32 whenever these flags are set
+            with (
+                torch.backends.mkldnn.flags(enabled=setting != "no mkldnn"),
+                torch.autocast("cpu", torch.bfloat16, enabled=setting == "bf16 autocast"),
+            ):
+                return action()
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+        codec._network.to(memory_format=torch.channels_last)
+
+
+def test_a_stream_of_another_checkpoint_is_refused(codec: LayeredCodec) -> None:
+    data = bytearray(encode(codec, picture(20, 20)))
+    data[6] ^= 1
+    with pytest.raises(BitstreamError):
+        codec.decode([bytes(data)])
+    other = LayeredCodec.__new__(LayeredCodec)
+    other.__dict__.update(codec.__dict__, codec_id="00" * 32)
+    with pytest.raises(CodecMismatchError):
+        other.decode([encode(codec, picture(20, 20))])
+
+
+def test_forged_checksums_end_in_a_symbol_error(codec: LayeredCodec) -> None:
+    stream = parse_bitstream(encode(codec, picture(40, 40)))
+    header = Header(codec_id=codec.codec_id, width=40, height=40, num_states=3)
+    payload = bytearray(stream.states[0].payload)
+    payload[5] ^= 4
+    forged = write_bitstream(header, (), [State(bytes(payload), stream.states[0].symbol_crc)])
+    with pytest.raises(SymbolError):
+        codec.decode([forged])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_that_is_not_finite_is_refused(
+    codec: LayeredCodec, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        return torch.full((1, codec.latent_channels, 2, 2), value)
+
+    monkeypatch.setattr(codec._network, "encode", broken)
+    with pytest.raises(EncodeError, match="not finite"):
+        encode(codec, picture(32, 32))
+
+
+def test_golden_streams_decode_to_their_symbols_and_pixels(codec: LayeredCodec) -> None:
+    expected = json.loads((GOLDEN / "bitstream_v1" / "expected.json").read_text())
+    assert len(expected["streams"]) >= 8
+    assert codec.codec_id == expected["codec_id"]
+    for name, wanted in expected["streams"].items():
+        data = (GOLDEN / "bitstream_v1" / f"{name}.dicm").read_bytes()
+        for count, state in enumerate(wanted["states"], 1):
+            symbols = codec._decode_symbols(data, count)[1]
+            assert digest(symbols) == state["symbols_sha256"], (name, count)
+            pixels = codec.decode([data], states=count)[0]
+            assert abs(float(pixels.mean()) - state["mean"]) < 0.05, (name, count)
+
+
+def test_a_checkpoint_is_what_its_files_are(tmp_path: Path) -> None:
+    for file in (GOLDEN / "checkpoint").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    original = read_checkpoint(tmp_path)
+    assert original.codec_id == read_checkpoint(GOLDEN / "checkpoint").codec_id
+    (tmp_path / "NOTES.md").write_text("travels along")
+    assert read_checkpoint(tmp_path).codec_id == original.codec_id
+    assert "NOTES.md" in read_checkpoint(tmp_path).files
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        config.replace('"finest_step": 40.0', '"finest_step": 41.0')
+    )
+    assert read_checkpoint(tmp_path).codec_id != original.codec_id
+
+
+@pytest.mark.parametrize("name", ["config.json", "weights.safetensors", "tables.safetensors"])
+def test_an_incomplete_or_damaged_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    for file in (GOLDEN / "checkpoint").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(WeightsError):
+        load_codec(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(WeightsError, match=name):
+        load_codec(tmp_path)

@@ -1,0 +1,163 @@
+"""The symbol coder: exact round trips, an independent oracle, and refusal of damaged tables."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dicmh_ray.codec import reference_decoder
+from dicmh_ray.codec.symbols import (
+    COARSEST_LIMIT,
+    PRECISION,
+    ContextTables,
+    SymbolCoder,
+    nested_symbols,
+)
+from dicmh_ray.errors import DicmhError, EncodeError, SymbolError, WeightsError
+
+TABLES = Path(__file__).parents[1] / "golden" / "checkpoint" / "tables.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tables() -> ContextTables:
+    return ContextTables.from_arrays(safetensors.numpy.load_file(TABLES), "golden")
+
+
+@pytest.fixture(scope="module")
+def coder(tables: ContextTables) -> SymbolCoder:
+    return SymbolCoder(tables)
+
+
+def random_symbols(seed: int, shape: tuple[int, int, int], spread: float) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    falling = np.exp(-np.arange(shape[0]) / 8)[:, None, None]
+    return np.rint(rng.laplace(size=shape) * spread * falling).astype(np.int32)
+
+
+def decode_all(coder: SymbolCoder, coded: list, shape: tuple[int, int]) -> list[np.ndarray]:
+    parent = None
+    levels = []
+    for state, tile in enumerate(coded):
+        parent = coder.decode(state, parent, shape, tile.payload).symbols
+        levels.append(parent)
+    return levels
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    spread=st.floats(0, 20),
+)
+def test_every_state_decodes_to_the_symbols_that_were_encoded(
+    coder: SymbolCoder, seed: int, rows: int, columns: int, spread: float
+) -> None:
+    finest = random_symbols(seed, (coder.tables.channels, rows, columns), spread)
+    decoded = decode_all(coder, coder.encode(finest), (rows, columns))
+    for wanted, found in zip(nested_symbols(finest, 3), decoded, strict=True):
+        np.testing.assert_array_equal(wanted, found)
+
+
+def test_symbols_of_a_coarser_state_follow_from_the_finer_by_integers() -> None:
+    finest = np.arange(-40, 41, dtype=np.int32)
+    coarse = nested_symbols(finest, 2)[0]
+    np.testing.assert_array_equal(coarse, np.rint(finest / 3))
+    assert set((finest - 3 * coarse).tolist()) == {-1, 0, 1}
+
+
+def test_an_independent_decoder_finds_the_same_symbols(
+    coder: SymbolCoder, tables: ContextTables
+) -> None:
+    finest = random_symbols(3, (tables.channels, 5, 7), 9.0)
+    integers = reference_decoder.read_safetensors(TABLES)
+    parent = np.zeros(finest.shape, np.int64)
+    coded = coder.encode(finest)
+    for state, tile in enumerate(coded):
+        parent, added = reference_decoder.decode_tile(integers, state, parent, tile.payload)
+        np.testing.assert_array_equal(parent, tile.symbols)
+        assert added == tile.refinement
+
+
+def test_real_bytes_are_close_to_the_entropy_of_the_tables(
+    coder: SymbolCoder, tables: ContextTables
+) -> None:
+    finest = random_symbols(5, (tables.channels, 32, 32), 3.0)
+    bits = 0.0
+    coded = coder.encode(finest)
+    parent = None
+    for state, tile in enumerate(coded):
+        frequencies = tables.frequencies[state]
+
+        def price(step, symbols=tile.symbols, frequencies=frequencies):
+            nonlocal bits
+            flat = symbols.reshape(symbols.shape[0], -1)
+            wanted = flat[step.channels][:, step.positions]
+            codes = (wanted - step.base) * step.sign + frequencies.shape[1] // 2
+            bits -= np.log2(frequencies[step.tables, codes] / PRECISION).sum()
+            return wanted
+
+        active = int.from_bytes(tile.payload[:2], "little")
+        coder.contexts.walk(state, parent, (32, 32), active, price)
+        parent = tile.symbols
+    spent = 8 * sum(len(tile.payload) - 2 for tile in coded)
+    assert bits <= spent <= bits * 1.001 + 64 * len(coded)
+
+
+def test_a_flat_tile_costs_two_bytes_a_state(coder: SymbolCoder) -> None:
+    coded = coder.encode(np.zeros((coder.tables.channels, 4, 4), np.int32))
+    assert [tile.payload for tile in coded] == [b"\0\0"] * 3
+
+
+def test_a_symbol_beyond_the_coarsest_alphabet_is_refused_at_encoding(coder: SymbolCoder) -> None:
+    finest = np.zeros((coder.tables.channels, 2, 2), np.int32)
+    finest[0, 0, 0] = 9 * (COARSEST_LIMIT + 30)
+    with pytest.raises(EncodeError, match="state 0"):
+        coder.encode(finest)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_payloads_raise_or_decode_to_the_size_asked_for(
+    coder: SymbolCoder, data: st.DataObject
+) -> None:
+    payload = bytearray(
+        coder.encode(random_symbols(7, (coder.tables.channels, 4, 4), 4.0))[0].payload
+    )
+    for _ in range(data.draw(st.integers(1, 4))):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(payload)))
+    try:
+        tile = coder.decode(0, None, (4, 4), bytes(payload[:cut]))
+    except SymbolError:
+        return
+    assert tile.symbols.shape == (coder.tables.channels, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("field", "spoil", "complaint"),
+    [
+        ("frequencies", lambda f: (f[0], f[1] * 2, f[2]), "sum to 2\\*\\*24"),
+        ("frequencies", lambda f: (f[0], f[1] - f[1], f[2]), "bad frequency table"),
+        ("spread_parent", lambda w: w * 1e6, "not exact"),
+        ("spread_bias", lambda w: w + 0.5, "not integers"),
+        ("groups", lambda g: (*g[:-1], g[-1] + 1), "groups end"),
+    ],
+)
+def test_tables_that_break_an_invariant_are_refused(
+    tables: ContextTables, field: str, spoil, complaint: str
+) -> None:
+    spoiled = dataclasses.replace(tables, **{field: spoil(getattr(tables, field))})
+    with pytest.raises(WeightsError, match=complaint):
+        spoiled.validate("spoiled")
+
+
+def test_a_missing_table_is_named() -> None:
+    arrays = safetensors.numpy.load_file(TABLES)
+    del arrays["offset_sides"]
+    with pytest.raises(DicmhError, match="offset_sides"):
+        ContextTables.from_arrays(arrays, "cut")

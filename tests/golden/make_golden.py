@@ -1,0 +1,71 @@
+"""Write the golden streams: ``python -m tests.golden.make_golden``. Refuses to overwrite any.
+
+A released format is read for ever: these files are never made again for version 1, only added to.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dicmh_ray.codec.layered_codec import load_layered_codec
+
+FOLDER = Path(__file__).parent / "bitstream_v1"
+SIZES = {
+    "one_pixel": (1, 1),
+    "one_cell": (16, 16),
+    "odd": (17, 33),
+    "portrait": (90, 61),
+    "landscape": (61, 90),
+    "two_tiles_wide": (24, 1040),
+    "two_tiles_high": (1040, 24),
+    "flat": (48, 48),
+    "grey": (50, 40),
+    "noise": (40, 40),
+}
+
+
+def picture(name: str, height: int, width: int) -> np.ndarray:
+    """A fixed synthetic picture, uint8 ``[H, W, 3]``, from integer arithmetic alone."""
+    y, x = np.mgrid[:height, :width].astype(np.int64)
+    if name == "flat":
+        return np.full((height, width, 3), 77, np.uint8)
+    if name == "noise":
+        state = (x * 2654435761 + y * 40503 + 12345) % 65521
+        return np.stack([state % 256, state // 7 % 256, state // 31 % 256], -1).astype(np.uint8)
+    image = np.stack([x * 5 + y, 255 - y * 3 - x, (x * y) // 9], -1) % 256
+    image[(x // 13 + y // 11) % 4 == 0] //= 3
+    if name == "grey":
+        image = np.repeat(image[:, :, :1], 3, 2)
+    return image.astype(np.uint8)
+
+
+def digest(symbols: np.ndarray) -> str:
+    """SHA-256 of symbols as int32 little-endian in channel, row, column order."""
+    return hashlib.sha256(np.ascontiguousarray(symbols, "<i4").tobytes()).hexdigest()
+
+
+def main() -> None:
+    codec = load_layered_codec(Path(__file__).parent / "checkpoint", device="cpu")
+    FOLDER.mkdir(exist_ok=True)
+    expected = FOLDER / "expected.json"
+    if expected.exists():
+        raise SystemExit(f"{expected} exists: golden files are never replaced")
+    streams = {}
+    for name, size in SIZES.items():
+        tags = ("golden", name) if name != "flat" else ()
+        data = codec.encode([picture(name, *size)], tags=[tags], exif_orientations=[1])[0]
+        (FOLDER / f"{name}.dicm").write_bytes(data)
+        states = []
+        for count in range(1, codec.num_states + 1):
+            pixels = codec.decode([data], states=count)[0]
+            symbols = codec._decode_symbols(data, count)[1]
+            states.append({"symbols_sha256": digest(symbols), "mean": float(pixels.mean())})
+        streams[name] = {"bytes": len(data), "tags": list(tags), "states": states}
+    content = {"codec_id": codec.codec_id, "streams": streams}
+    expected.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
