@@ -1,0 +1,60 @@
+# Two commands: `make demo` and `make test`. Both need Python 3.11 or 3.12 and the package index.
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
+    && echo $$python && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS := bench,codec,demo,dev,ray,s3
+IMAGES ?= kodak
+
+export RAY_USAGE_STATS_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types bench clean
+
+##@ Use
+
+demo: $(VENV)/.installed  ## Compress a collection of photographs, verify it, look at it
+	$(BIN)/python jobs/demo.py
+
+bench: $(VENV)/.installed  ## Rate and distortion against JPEG, WebP, AVIF: make bench IMAGES=folder
+	$(BIN)/dicmh bench rd $(IMAGES) --output runs/bench
+
+##@ Develop
+
+test: $(VENV)/.installed  ## The test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed  ## Style and formatting, checked
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.installed  ## Style and formatting, repaired
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed  ## mypy, strict
+	$(BIN)/mypy
+
+##@ Environment
+
+.venv: $(VENV)/.installed  ## Everything that the above need, at fixed versions (7 GB with torch)
+
+$(VENV)/.installed: pyproject.toml requirements/constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; name it: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt \
+	    --no-build-isolation --editable '.[$(EXTRAS)]'
+	touch $@
+
+clean:  ## Remove the environment and everything that was made
+	rm -rf $(VENV) build dist demo-output runs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	    /^[a-zA-Z_.-]+:.*## / {sub(/:.*/, "", $$1); printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
