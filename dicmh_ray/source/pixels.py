@@ -64,6 +64,7 @@ _TIFF_BITS, _TIFF_ORIENTATION, _TIFF_SAMPLE_FORMAT = 258, 274, 339
 # These plugins report oddities of a file, or its size, through the global warning filters, which only
 # a lock makes safe to set for a moment.
 _WARNING_FORMATS = frozenset({"AVIF", "GIF", "TIFF"})
+_STRIP_PIXELS = 2**22
 _warnings_lock = threading.Lock()
 
 
@@ -153,6 +154,7 @@ def _load(data: bytes, name: str, max_pixels: int) -> Pixels:
         icc = image.info.get("icc_profile")
         image.load()
         rgb, is_grey = _rgb(image, data, name)
+        image.close()
     return Pixels(
         image=np.ascontiguousarray(rgb if is_upright else _upright(rgb, orientation)),
         exif_orientation=orientation,
@@ -238,27 +240,37 @@ def _rgb(image: Image.Image, data: bytes, name: str) -> tuple[npt.NDArray[np.uin
     if mode in ("PA", "La", "RGBa"):
         image = image.convert("RGBA" if mode != "La" else "LA")
         mode = image.mode
-    if mode == "1":
-        samples = np.asarray(image).astype(np.uint8) * np.uint8(255)
-    else:
-        samples = np.asarray(image)
-    if mode in ("LA", "RGBA"):
-        if (samples[..., -1] != 255).any():
-            raise UnsupportedImageError("alpha")
-        samples = samples[..., :-1]
+    if mode in ("LA", "RGBA") and image.getextrema()[-1] != (255, 255):
+        raise UnsupportedImageError("alpha")
+    samples = _samples(image, 1 if mode in ("1", "L", "LA") else 3)
     transparent = image.info.get("transparency")
     if transparent is not None and mode in ("1", "L", "RGB"):
         _check_colour_key(samples, transparent, data, name)
-    if samples.ndim == 2 or samples.shape[2] == 1:
-        return np.repeat(samples.reshape(*samples.shape[:2], 1), 3, axis=2), True
-    return np.array(samples), False
+    if samples.shape[2] == 1:
+        return np.repeat(samples, 3, axis=2), True
+    return samples, False
+
+
+def _samples(image: Image.Image, num_channels: int) -> npt.NDArray[np.uint8]:
+    """The first channels as ``[H, W, num_channels]``, in strips: Pillow's own export of a whole
+    picture holds it three times."""
+    samples = np.empty((image.height, image.width, num_channels), np.uint8)
+    num_rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, num_rows):
+        bottom = min(top + num_rows, image.height)
+        strip = np.asarray(image.crop((0, top, image.width, bottom)))
+        strip = strip.reshape(bottom - top, image.width, -1)[..., :num_channels]
+        samples[top:bottom] = strip
+    if image.mode == "1":
+        samples *= 255
+    return samples
 
 
 def _check_colour_key(
     samples: npt.NDArray[np.uint8], transparent: object, data: bytes, name: str
 ) -> None:
     """Refuse an image that uses its transparent colour (PNG's tRNS)."""
-    if samples.ndim == 3:
+    if samples.shape[2] == 3:
         is_clear = (samples == np.asarray(transparent)).all(axis=2)
     elif not isinstance(transparent, int):
         raise UnsupportedImageError("alpha")

@@ -118,7 +118,7 @@ class RetryingFile(io.RawIOBase):
         self._has_failed = False
         self._offset = 0
         self._fs, self._path = open_filesystem(uri, options)
-        info = retry(lambda: self._fs.info(self._path), what=uri, options=options)
+        info = retry(self._open_first, what=uri, options=options)
         self.size_bytes: int | None = info.get("size")
         self._identity = identity(info)
         if etag is not None and etag != self._identity:
@@ -192,6 +192,13 @@ class RetryingFile(io.RawIOBase):
         if not data and self.size_bytes is not None:
             raise OSError(f"{self.uri} ended at byte {self._offset} of {self.size_bytes}")
         return data
+
+    def _open_first(self) -> Mapping[str, Any]:
+        """Open, and return what the store says of the object; most looked it up to open it."""
+        self._drop()
+        self._file = self._open()
+        found: Mapping[str, Any] = getattr(self._file, "details", None) or self._fs.info(self._path)
+        return found
 
     def _open(self) -> Any:
         if self._has_failed:
