@@ -42,13 +42,14 @@ def training_symbols(
     size: int = 256,
     seed: int = 5,
 ) -> list[npt.NDArray[np.int16]]:
-    """Finest symbols of random crops, each int16 ``[C, size / 16, size / 16]``."""
+    """Finest symbols of random crops, each int16 ``[size / 16, size / 16, C]``."""
     rng = np.random.default_rng(seed)
     tiles: list[npt.NDArray[np.int16]] = []
     with torch.inference_mode():
         while len(tiles) < crops:
             y = network.encode(photographs.crops(8, size, rng).float())
-            tiles.extend((y / network.config.steps[-1]).round().to(torch.int16).numpy())
+            symbols = (y / network.config.steps[-1]).round().to(torch.int16)
+            tiles.extend(np.ascontiguousarray(symbols.permute(0, 2, 3, 1).numpy()))
     return tiles[:crops]
 
 

@@ -7,6 +7,7 @@ integers; from there on only integers are counted. What comes out is frozen in t
 Shape suffixes: N tiles, C channels, i j the latent grid.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -27,13 +28,12 @@ from dicmh_ray.codec.symbols import (
     SPREAD_UNIT,
     ContextModel,
     ContextTables,
-    Ints,
     Pass,
+    Symbols,
     active_channels,
     nested_symbols,
     num_symbols,
 )
-import itertools
 
 SPREAD_ORIGIN = 6.0
 """Added to the fitted spread so that its useful range starts at zero."""
@@ -118,7 +118,7 @@ def _log_mass(centre: Tensor, half: float, mean: Tensor, scale: Tensor) -> Tenso
 
 
 def fit_tables(
-    tiles: Sequence[npt.NDArray[np.int16]],
+    tiles: Sequence[Symbols],
     *,
     num_states: int,
     groups: Sequence[int],
@@ -130,7 +130,7 @@ def fit_tables(
     """Fit the entropy model of all states to training symbols.
 
     Args:
-        tiles: finest symbols of training crops, each int16 ``[C, i, j]``, all of one shape.
+        tiles: finest symbols of training crops, each int16 ``[i, j, C]``, all of one shape.
         num_states: K.
         groups: first channel of each group, and C at the end.
         steps: optimiser steps for each state.
@@ -141,7 +141,7 @@ def fit_tables(
     Returns:
         Validated tables.
     """
-    channels = tiles[0].shape[0]
+    channels = tiles[0].shape[2]
     rng = np.random.default_rng(seed)
     fitted = []
     for state in range(num_states):
@@ -165,11 +165,9 @@ def fit_tables(
     return _freeze(fitted, tiles, num_states, groups, report)
 
 
-def _levels(
-    tiles: Sequence[npt.NDArray[np.int16]], state: int, num_states: int
-) -> tuple[Tensor, Tensor]:
+def _levels(tiles: Sequence[Symbols], state: int, num_states: int) -> tuple[Tensor, Tensor]:
     """Symbols of a state and of its parent, float32 ``[N, C, i, j]`` each."""
-    symbols = torch.from_numpy(np.stack(tiles)).to(torch.int32)
+    symbols = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).to(torch.int32)
     for _ in range(num_states - 1 - state):
         symbols = torch.div(symbols + 1, RATIO, rounding_mode="floor")
     if state == 0:
@@ -179,7 +177,7 @@ def _levels(
 
 def _freeze(
     fitted: Sequence[_StateContext],
-    tiles: Sequence[npt.NDArray[np.int16]],
+    tiles: Sequence[Symbols],
     num_states: int,
     groups: Sequence[int],
     report: Callable[[str], None] | None,
@@ -214,7 +212,7 @@ def _freeze(
         if report is not None:
             share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
             bits = -(counts * np.log2(np.maximum(share, 1e-12))).sum() / len(tiles)
-            report(f"state {state}: {bits / tiles[0][0].size:.4f} bits per cell in its tables")
+            report(f"state {state}: {bits / tiles[0][..., 0].size:.4f} bits per cell in its tables")
     frozen = ContextTables(
         **{
             name: getattr(tables, name)
@@ -229,33 +227,34 @@ def _freeze(
 
 def _walk_all(
     tables: ContextTables,
-    tiles: Sequence[npt.NDArray[np.int16]],
+    tiles: Sequence[Symbols],
     state: int,
-    visit: Callable[[Pass, Ints], None],
+    visit: Callable[[Pass, Symbols], None],
 ) -> None:
     contexts = ContextModel(tables)
     for tile in tiles:
-        levels = nested_symbols(tile.astype(np.int32), tables.num_states)
+        levels = nested_symbols(tile, tables.num_states)
         symbols = levels[state]
-        flat = symbols.reshape(symbols.shape[0], -1)
+        rows, columns, channels = symbols.shape
+        cells = symbols.reshape(rows * columns, channels)
 
-        def seen(step: Pass, flat: Ints = flat) -> Ints:
-            wanted = flat[step.channels][:, step.positions]
+        def seen(step: Pass, cells: Symbols = cells) -> Symbols:
+            wanted = np.take(cells[:, step.channels], step.positions, 0)
             visit(step, wanted)
             return wanted
 
         parent = levels[state - 1] if state else None
         active = active_channels(symbols, parent)
-        contexts.walk(state, parent, (symbols.shape[1], symbols.shape[2]), active, seen)
+        contexts.walk(state, parent, (rows, columns), active, seen)
 
 
 def _spread_histogram(
-    tables: ContextTables, tiles: Sequence[npt.NDArray[np.int16]], state: int
+    tables: ContextTables, tiles: Sequence[Symbols], state: int
 ) -> npt.NDArray[np.float64]:
     """How often each spread level meets a nonzero residual: the levels that cost bits."""
     histogram = np.zeros(SPREAD_LEVELS)
 
-    def visit(step: Pass, wanted: Ints) -> None:
+    def visit(step: Pass, wanted: Symbols) -> None:
         nonzero = (wanted != step.base).ravel()
         seen = np.bincount(step.levels.ravel(), minlength=SPREAD_LEVELS)
         hits = np.bincount(step.levels.ravel()[nonzero], minlength=SPREAD_LEVELS)
@@ -271,16 +270,14 @@ def _equal_buckets(histogram: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     return np.minimum(share * NUM_SPREAD_BUCKETS, NUM_SPREAD_BUCKETS - 1).astype(np.uint8)
 
 
-def _count(
-    tables: ContextTables, tiles: Sequence[npt.NDArray[np.int16]], state: int
-) -> npt.NDArray[np.float64]:
+def _count(tables: ContextTables, tiles: Sequence[Symbols], state: int) -> npt.NDArray[np.float64]:
     symbols = num_symbols(state)
     counts = np.zeros(tables.num_tables() * symbols)
 
-    def visit(step: Pass, wanted: Ints) -> None:
-        codes = (wanted - step.base) * step.sign + symbols // 2
-        codes = np.clip(codes, 0, symbols - 1)
-        counts[:] += np.bincount((step.tables * symbols + codes).ravel(), minlength=counts.size)
+    def visit(step: Pass, wanted: Symbols) -> None:
+        codes = np.clip(step.codes(wanted, symbols // 2), 0, symbols - 1)
+        cells = step.tables.astype(np.int32) * symbols + codes
+        counts[:] += np.bincount(cells.ravel(), minlength=counts.size)
 
     _walk_all(tables, tiles, state, visit)
     return counts.reshape(-1, symbols)

@@ -10,6 +10,7 @@ the result is that of one pass. Memory is the symbols and samples of one picture
 Shape suffixes: B images, C channels, i j the grid of y (1/16).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
 from dicmh_ray.codec.quality import measure
 from dicmh_ray.codec.symbols import (
     ContextTables,
-    Ints,
+    Symbols,
     SymbolCoder,
 )
 from dicmh_ray.errors import (
@@ -39,7 +40,6 @@ from dicmh_ray.errors import (
     SymbolError,
     WeightsError,
 )
-import itertools
 
 TILE = 64
 """Cells per side of a tile of symbols: 1024 pixels."""
@@ -136,7 +136,7 @@ class LayeredCodec:
         for data in bitstreams:
             _, symbols, count = self._decode_symbols(data, states)
             scale = self._steps[count - 1] / self._unit
-            latents.append((symbols * scale[:, None, None]).astype(np.float16))
+            latents.append(np.moveaxis(symbols * scale, 2, 0).astype(np.float16))
         return latents
 
     def measure(
@@ -149,7 +149,7 @@ class LayeredCodec:
     def _analyse(
         self, images: Sequence[npt.NDArray[np.uint8]]
     ) -> Iterator[npt.NDArray[np.float32]]:
-        """The latent of each image, float32 ``[C, i, j]``."""
+        """The latent of each image, float32 ``[i, j, C]``."""
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
@@ -157,7 +157,7 @@ class LayeredCodec:
 
     def _analyse_windows(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         rows, columns = (-(-side // ALIGNMENT) for side in image.shape[:2])
-        latent = np.empty((self.latent_channels, rows, columns), np.float32)
+        latent = np.empty((rows, columns, self.latent_channels), np.float32)
         for down in _windows(rows, ENCODE_MARGIN):
             for across in _windows(columns, ENCODE_MARGIN):
                 region = image[
@@ -169,26 +169,28 @@ class LayeredCodec:
                 padding = ((0, height - region.shape[0]), (0, width - region.shape[1]), (0, 0))
                 padded = np.pad(region, padding, "edge")
                 y = self._run(
-                    lambda x: self._network.encode(x.permute(0, 3, 1, 2).float()), padded[None]
+                    lambda x: self._network.encode(x.permute(0, 3, 1, 2).float()).permute(
+                        0, 2, 3, 1
+                    ),
+                    padded[None],
                 )
-                latent[:, down.start : down.stop, across.start : across.stop] = y[0][
-                    :,
+                latent[down.start : down.stop, across.start : across.stop] = y[0][
                     down.start - down.outer_start : down.stop - down.outer_start,
                     across.start - across.outer_start : across.stop - across.outer_start,
                 ]
         return latent
 
-    def _round(self, latent: npt.NDArray[np.float32]) -> Ints:
+    def _round(self, latent: npt.NDArray[np.float32]) -> Symbols:
         """Finest symbols. A latent that is not finite must not reach the coder."""
         if not np.isfinite(latent).all():
             raise EncodeError("the latent is not finite")
         scaled = latent / np.float32(self._steps[-1])
-        return np.clip(np.rint(scaled), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int32)
+        return np.clip(np.rint(scaled), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
 
-    def _encode_symbols(self, symbols: Ints) -> list[State]:
+    def _encode_symbols(self, symbols: Symbols) -> list[State]:
         tiles = [
-            self._coder.encode(np.ascontiguousarray(symbols[:, rows, columns]))
-            for rows, columns in _tiles(symbols.shape[1:])
+            self._coder.encode(np.ascontiguousarray(symbols[rows, columns]))
+            for rows, columns in _tiles(symbols.shape[:2])
         ]
         states = []
         for state in range(self.num_states):
@@ -200,8 +202,8 @@ class LayeredCodec:
             states.append(State(lengths + b"".join(payloads), crc))
         return states
 
-    def _decode_symbols(self, data: bytes, states: int | None) -> tuple[Header, Ints, int]:
-        """Header, symbols int32 ``[C, i, j]`` of the last wanted state, and how many states."""
+    def _decode_symbols(self, data: bytes, states: int | None) -> tuple[Header, Symbols, int]:
+        """Header, symbols int16 ``[i, j, C]`` of the last wanted state, and how many states."""
         stream = parse_bitstream(data)
         header = stream.header
         if header.codec_id != self.codec_id[:16]:
@@ -214,35 +216,36 @@ class LayeredCodec:
         shape = (-(-header.height // ALIGNMENT), -(-header.width // ALIGNMENT))
         tiles = list(_tiles(shape))
         payloads = [_split(state.payload, len(tiles), k) for k, state in enumerate(wanted)]
-        symbols = np.empty((self.latent_channels, *shape), np.int32)
+        symbols = np.empty((*shape, self.latent_channels), np.int16)
         crcs = [0] * len(wanted)
         for number, (rows, columns) in enumerate(tiles):
-            parent: Ints | None = None
+            parent: Symbols | None = None
             cells = (rows.stop - rows.start, columns.stop - columns.start)
             for state in range(len(wanted)):
                 tile = self._coder.decode(state, parent, cells, payloads[state][number])
                 crcs[state] = crc32c(tile.refinement, crcs[state])
                 parent = tile.symbols
-            symbols[:, rows, columns] = parent
+            symbols[rows, columns] = parent
         for number, (crc, coded) in enumerate(zip(crcs, wanted, strict=True)):
             if crc != coded.symbol_crc:
                 raise SymbolError(f"state {number}", "symbols do not match their checksum")
         return header, symbols, len(wanted)
 
-    def _synthesise(self, symbols: Ints, state: int) -> npt.NDArray[np.uint8]:
-        rows, columns = symbols.shape[1:]
+    def _synthesise(self, symbols: Symbols, state: int) -> npt.NDArray[np.uint8]:
+        rows, columns = symbols.shape[:2]
         image = np.empty((ALIGNMENT * rows, ALIGNMENT * columns, 3), np.uint8)
         step = self._steps[state]
 
-        def pixels(y_BCij: Tensor) -> Tensor:
-            states_B = torch.full((len(y_BCij),), state, device=y_BCij.device)
-            x = self._network.decode(y_BCij.float() * step, states_B)
+        def pixels(symbols_BijC: Tensor) -> Tensor:
+            states_B = torch.full((len(symbols_BijC),), state, device=self._device)
+            y_BCij = symbols_BijC.permute(0, 3, 1, 2).float() * step
+            x = self._network.decode(y_BCij, states_B)
             return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
         for down in _windows(rows, DECODE_MARGIN):
             for across in _windows(columns, DECODE_MARGIN):
                 region = symbols[
-                    :, down.outer_start : down.outer_stop, across.outer_start : across.outer_stop
+                    down.outer_start : down.outer_stop, across.outer_start : across.outer_stop
                 ]
                 x = self._run(pixels, region[None])[0]
                 top, left = down.start - down.outer_start, across.start - across.outer_start

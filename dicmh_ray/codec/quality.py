@@ -1,5 +1,6 @@
 """Distortion of a decoded picture against its source."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,6 @@ from pytorch_msssim import ms_ssim
 from torch.nn import functional as F
 
 from dicmh_ray.codec import Quality
-import itertools
 
 TILE = 64
 """Pixels per side of the tiles whose worst is reported."""

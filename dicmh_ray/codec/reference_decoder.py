@@ -9,6 +9,7 @@ step in 64-bit integers, several hundred times slower than the package, and chec
 writes the latent, float32 [C, h, w]: symbols of the last state times its quantiser step.
 """
 
+import itertools
 import json
 import struct
 import sys
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import itertools
 
 RATIO, PRECISION_BITS, TILE, CELL = 3, 24, 64, 16
 MAX_MAGNITUDE, MAX_VALUE, SPREAD_LEVELS, OFFSET_UNIT, COARSEST_LIMIT = 15, 511, 4096, 128, 32
@@ -149,13 +149,13 @@ def decode_tile(
                         bucket += (len(edges) + 1) * min(abs(up), 2)
                         level = min(max(level, 0), SPREAD_LEVELS - 1)
                         table = buckets * bucket + t["spread_buckets"][state][level]
-                        coded.append((table, len(coded), c, i, j, base, -1 if shift < 0 else 1))
-            for table, _, c, i, j, base, sign in sorted(coded):
+                        coded.append((table, i, j, c, base, -1 if shift < 0 else 1))
+            for table, i, j, c, base, sign in sorted(coded):
                 symbol = coder.decode(t[f"frequencies_{state}"][table].tolist())
                 current[c, i, j] = base + sign * (symbol - alphabet // 2)
     if coder.words or coder.state:
         raise SystemExit(f"state {state}: bytes are left after the last symbol")
-    added = (current - RATIO * parent)[:active].astype(np.int8).tobytes()
+    added = (current - RATIO * parent)[:active].transpose(1, 2, 0).astype(np.int8).tobytes()
     if channels < active:
         raise SystemExit(f"state {state}: {active} active channels")
     return current, added

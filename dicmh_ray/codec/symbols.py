@@ -12,9 +12,11 @@ long stretches of one table. Payload layout and arithmetic: ``schemas/layered-pa
 
 Needs numpy and constriction, not torch.
 
-Shape suffixes: C channels, i j the latent grid, p positions of one parity.
+Shapes: ``C`` channels, ``i, j`` the latent grid, ``p`` positions of one parity. Channels come last, so
+that the positions of a pass are whole rows of memory.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,7 @@ import numpy.typing as npt
 
 from dicmh_ray.errors import EncodeError, SymbolError, WeightsError
 
-Ints = npt.NDArray[np.int32]
+Symbols = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float32]
 
 RATIO = 3
@@ -220,21 +222,33 @@ class Pass:
 
     channels: slice
     positions: npt.NDArray[np.intp]
-    tables: npt.NDArray[np.int32]
-    """``[channels, p]``: row of the state's frequency table of each symbol."""
+    """``[p]``: indexes into the tile's cells, row by row."""
 
-    base: Ints
-    """``[channels, p]``: what the coded residual is relative to."""
+    tables: npt.NDArray[np.uint16]
+    """``[p, channels]``: row of the state's frequency table of each symbol."""
 
-    sign: Ints
-    """``[channels, p]``: +1, or -1 where the residual's sign is turned before coding."""
+    base: Symbols | np.int16
+    """``[p, channels]``: what the coded residual is relative to."""
 
-    levels: npt.NDArray[np.int32]
-    """``[channels, p]``: the clipped spread sum that chose the bucket."""
+    turned: npt.NDArray[np.bool_]
+    """``[p, channels]``: the residual's sign is turned before coding."""
+
+    levels: npt.NDArray[np.uint16]
+    """``[p, channels]``: the clipped spread sum that chose the bucket."""
+
+    def codes(self, symbols: Symbols, middle: int) -> Symbols:
+        """Symbols -> what is coded, ``0 .. 2 middle``."""
+        residual = symbols - self.base
+        return np.where(self.turned, -residual, residual) + np.int16(middle)
+
+    def symbols(self, codes: Symbols, middle: int) -> Symbols:
+        """The inverse of :meth:`codes`."""
+        residual = codes - np.int16(middle)
+        return self.base + np.where(self.turned, -residual, residual)
 
 
-Visit = Callable[[Pass], Ints]
-"""Gets a pass, returns its symbols ``[channels, p]``: known (encoder) or decoded (decoder)."""
+Visit = Callable[[Pass], Symbols]
+"""Gets a pass, returns its symbols ``[p, channels]``: known (encoder) or decoded (decoder)."""
 
 
 class ContextModel:
@@ -242,108 +256,89 @@ class ContextModel:
 
     def __init__(self, tables: ContextTables) -> None:
         self.tables = tables
+        per_class = tables.num_offset_buckets * tables.num_spread_buckets
+        distances = np.arange(256)[:, None] >= np.array(tables.offset_edges)[None, :]
+        self._offset_rows = (distances.sum(1) * tables.num_spread_buckets).astype(np.uint16)
+        self._class_rows = (np.arange(NUM_PARENT_CLASSES) * per_class).astype(np.uint16)
+        # Transposed for products of cells by channels: [K, from channel, to channel].
+        self._parent = np.ascontiguousarray(tables.spread_parent.transpose(0, 2, 1))
+        self._around = np.ascontiguousarray(tables.spread_around.transpose(0, 2, 1))
+        self._current = np.ascontiguousarray(tables.spread_current.transpose(0, 2, 1))
 
     def walk(
-        self, state: int, parent: Ints | None, shape: tuple[int, int], active: int, visit: Visit
-    ) -> Ints:
+        self, state: int, parent: Symbols | None, shape: tuple[int, int], active: int, visit: Visit
+    ) -> Symbols:
         """Visit the passes of a state; what ``visit`` returns becomes context of later passes.
 
         Args:
             state: k.
-            parent: int32 ``[C, i, j]``, the symbols of state k-1; None for state 0.
+            parent: int16 ``[i, j, C]``, the symbols of state k-1; None for state 0.
             shape: ``(i, j)``.
             active: channels from here on are not coded: they keep three times their parent.
             visit: called for each non-empty pass.
 
         Returns:
-            int32 ``[C, i, j]``: the symbols of state k.
+            int16 ``[i, j, C]``: the symbols of state k.
         """
         t, (rows, columns) = self.tables, shape
         size = rows * columns
-        current = np.zeros((t.channels, rows + 2, columns + 2), np.int32)
-        inner = current[:, 1:-1, 1:-1]
-        if parent is not None:
-            inner[active:] = RATIO * parent[active:]
+        if parent is None:
+            parent = np.zeros((rows, columns, t.channels), np.int16)
+        result = parent * np.int16(RATIO)
+        if active == 0:
+            return result
         parity = (np.add.outer(np.arange(rows), np.arange(columns)) % 2).ravel()
-        by_parity = [np.flatnonzero(parity == 0), np.flatnonzero(parity == 1)]
-        spread = np.repeat(t.spread_bias[state, :active, None], size, 1)
-        offset = np.zeros((active, size), np.float32)
-        parent_flat = np.zeros((active, size), np.int32)
-        if parent is not None:
-            self._from_parent(state, parent, active, spread, offset)
-            parent_flat = parent[:active].reshape(active, size)
-        for first, last in zip(t.groups[:-1], t.groups[1:], strict=True):
-            channels = slice(first, min(last, active))
+        spread, offset = self._from_parent(state, parent, active)
+        parent_cells = parent.reshape(size, t.channels)
+        cells = result.reshape(size, t.channels)
+        cells[:, :active] = 0
+        for first, last in itertools.pairwise(t.groups):
             if first >= active:
                 break
-            group = spread[channels]
+            channels = slice(first, min(last, active))
+            group = spread[:, channels]
             if first:
-                magnitude = np.minimum(np.abs(inner[:first]), MAX_MAGNITUDE).astype(np.float32)
-                weights = t.spread_current[state, channels, :first]
-                group += weights @ magnitude.reshape(first, size)
-            for positions in by_parity:
+                magnitude = np.minimum(np.abs(cells[:, :first]), MAX_MAGNITUDE)
+                weights = self._current[state, :first, channels]
+                group = group + magnitude.astype(np.float32) @ weights
+            for odd in (0, 1):
+                positions = np.flatnonzero(parity == odd)
                 if not positions.size:
                     continue
-                spread_p, offset_p = group[:, positions], offset[channels][:, positions]
-                if positions is by_parity[1]:
-                    self._from_sides(state, channels, current, positions, spread_p, offset_p)
-                step = self._choose(
-                    state, channels, positions, spread_p, offset_p, parent_flat[channels]
-                )
-                symbols = visit(step)
-                grid_i, grid_j = np.divmod(positions, columns)
-                current[channels, grid_i + 1, grid_j + 1] = symbols
-        return np.ascontiguousarray(inner)
+                spread_p = np.take(group, positions, 0)
+                offset_p = np.take(offset[:, channels], positions, 0)
+                if odd:
+                    value = result[:, :, channels]
+                    sides = _neighbour_sums(_clipped_magnitude(value))[0].reshape(size, -1)
+                    spread_p += np.take(sides, positions, 0) * t.spread_sides[state, channels]
+                    value = np.clip(value, -MAX_VALUE, MAX_VALUE).astype(np.float32)
+                    sides = _neighbour_sums(value)[0].reshape(size, -1)
+                    offset_p += np.take(sides, positions, 0) * t.offset_sides[state, channels]
+                parent_p = np.take(parent_cells[:, channels], positions, 0)
+                step = self._choose(state, channels, positions, spread_p, offset_p, parent_p)
+                cells[positions, channels] = visit(step)
+        return result
 
-    def _from_parent(
-        self, state: int, parent: Ints, active: int, spread: Floats, offset: Floats
-    ) -> None:
+    def _from_parent(self, state: int, parent: Symbols, active: int) -> tuple[Floats, Floats]:
+        """What state k-1 says of every symbol: spread and offset, float32 ``[i j, active]``."""
         t = self.tables
-        used = _last_nonzero_channel(parent)
-        size = spread.shape[1]
+        size, used = parent.shape[0] * parent.shape[1], _last_nonzero_channel(parent)
+        spread = np.repeat(t.spread_bias[state, None, :active], size, 0)
+        offset = np.zeros((size, active), np.float32)
         if used == 0:
-            return
-        magnitude = np.minimum(np.abs(parent[:used]), MAX_MAGNITUDE).astype(np.float32)
+            return spread, offset
+        magnitude = _clipped_magnitude(parent[:, :, :used])
         sides, corners = _neighbour_sums(magnitude)
-        spread += t.spread_parent[state, :active, :used] @ magnitude.reshape(used, size)
-        around = (2 * sides + corners).reshape(used, size)
-        spread += t.spread_around[state, :active, :used] @ around
-        near = min(used, active)
-        value = (RATIO * np.clip(parent[:near], -(MAX_VALUE // 3), MAX_VALUE // 3)).astype(
-            np.float32
-        )
+        spread += magnitude.reshape(size, used) @ self._parent[state, :used, :active]
+        around = (2 * sides + corners).reshape(size, used)
+        spread += around @ self._around[state, :used, :active]
+        near, limit = min(used, active), MAX_VALUE // RATIO
+        value = np.clip(parent[:, :, :near], -limit, limit).astype(np.float32) * RATIO
         sides, corners = _neighbour_sums(value)
         weights = t.offset_parent[state, :near]
-        offset[:near] += (
-            weights[:, 0, None] * value.reshape(near, size)
-            + weights[:, 1, None] * sides.reshape(near, size)
-            + weights[:, 2, None] * corners.reshape(near, size)
-        )
-
-    def _from_sides(
-        self,
-        state: int,
-        channels: slice,
-        current: Ints,
-        positions: npt.NDArray[np.intp],
-        spread_p: Floats,
-        offset_p: Floats,
-    ) -> None:
-        """Add what the four side neighbours, coded in the first pass, say of the second."""
-        t = self.tables
-        columns = current.shape[2] - 2
-        group = current[channels]
-        flat = group.reshape(group.shape[0], -1)
-        at = positions + 2 * (positions // columns) + columns + 3
-        stride = columns + 2
-        value = np.zeros(spread_p.shape, np.float32)
-        magnitude = np.zeros(spread_p.shape, np.float32)
-        for shift in (-stride, -1, 1, stride):
-            symbols = flat[:, at + shift]
-            value += np.clip(symbols, -MAX_VALUE, MAX_VALUE)
-            magnitude += np.minimum(np.abs(symbols), MAX_MAGNITUDE)
-        spread_p += t.spread_sides[state, channels, None] * magnitude
-        offset_p += t.offset_sides[state, channels, None] * value
+        weighted = value * weights[:, 0] + sides * weights[:, 1] + corners * weights[:, 2]
+        offset[:, :near] = weighted.reshape(size, near)
+        return spread, offset
 
     def _choose(
         self,
@@ -352,23 +347,22 @@ class ContextModel:
         positions: npt.NDArray[np.intp],
         spread_p: Floats,
         offset_p: Floats,
-        parent_group: Ints,
+        parent_p: Symbols,
     ) -> Pass:
-        t = self.tables
-        parent_p = parent_group[:, positions]
-        location = offset_p.astype(np.int32)
-        predicted = (location + OFFSET_UNIT // 2) // OFFSET_UNIT
-        base = predicted if state == 0 else RATIO * parent_p
-        offset = location - OFFSET_UNIT * base
-        sign = np.where(offset < 0, np.int32(-1), np.int32(1))
-        distance = np.abs(offset)
-        bucket = np.zeros(distance.shape, np.int32)
-        for edge in t.offset_edges:
-            bucket += distance >= edge
-        bucket += t.num_offset_buckets * np.minimum(np.abs(parent_p), NUM_PARENT_CLASSES - 1)
-        levels = np.clip(spread_p, 0, SPREAD_LEVELS - 1).astype(np.int32)
-        tables = t.num_spread_buckets * bucket + t.spread_buckets[state][levels]
-        return Pass(channels, positions, tables, base.astype(np.int32), sign, levels)
+        if state == 0:
+            predicted = np.floor_divide(offset_p + OFFSET_UNIT // 2, OFFSET_UNIT)
+            base = predicted.astype(np.int16)
+        else:
+            base = parent_p * np.int16(RATIO)
+        offset = offset_p - base.astype(np.float32) * OFFSET_UNIT
+        levels = np.clip(spread_p, 0, SPREAD_LEVELS - 1).astype(np.uint16)
+        distance = np.minimum(np.abs(offset), 255).astype(np.uint8)
+        tables = np.take(self._offset_rows, distance)
+        if state:
+            classes = np.minimum(np.abs(parent_p), NUM_PARENT_CLASSES - 1)
+            tables += np.take(self._class_rows, classes)
+        tables += np.take(self.tables.spread_buckets[state], levels)
+        return Pass(channels, positions, tables, base, offset < 0, levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,8 +370,8 @@ class CodedTile:
     """One state of one tile."""
 
     payload: bytes
-    symbols: Ints
-    """int32 ``[C, i, j]``."""
+    symbols: Symbols
+    """int16 ``[i, j, C]``."""
 
     refinement: bytes
     """What the state's symbol checksum covers: the symbols it adds, int8, active channels only."""
@@ -399,11 +393,11 @@ class SymbolCoder:
             for table in tables.frequencies
         ]
 
-    def encode(self, finest: Ints) -> list[CodedTile]:
+    def encode(self, finest: Symbols) -> list[CodedTile]:
         """Encode all states of a tile.
 
         Args:
-            finest: int32 ``[C, i, j]``: symbols of the last state.
+            finest: int16 ``[i, j, C]``: symbols of the last state, magnitudes at most 32,767.
 
         Returns:
             One payload for each state, coarsest first.
@@ -411,7 +405,7 @@ class SymbolCoder:
         Raises:
             EncodeError: a symbol of state 0 lies further from its prediction than has a code.
         """
-        parent: Ints | None = None
+        parent: Symbols | None = None
         coded = []
         for state, symbols in enumerate(nested_symbols(finest, self.tables.num_states)):
             coded.append(self._encode_state(state, parent, symbols))
@@ -419,13 +413,13 @@ class SymbolCoder:
         return coded
 
     def decode(
-        self, state: int, parent: Ints | None, shape: tuple[int, int], payload: bytes
+        self, state: int, parent: Symbols | None, shape: tuple[int, int], payload: bytes
     ) -> CodedTile:
         """Decode one state of a tile.
 
         Args:
             state: k.
-            parent: int32 ``[C, i, j]``: the tile's symbols of state k-1; None for state 0.
+            parent: int16 ``[i, j, C]``: the tile's symbols of state k-1; None for state 0.
             shape: ``(i, j)``, the cells of the tile.
             payload: what :meth:`encode` gave for this state.
 
@@ -442,90 +436,97 @@ class SymbolCoder:
         if words.size and words[-1] == 0:
             raise SymbolError(section, "the last word is zero")
         coder = constriction.stream.stack.AnsCoder(words)
-        models, shift = self._models[state], num_symbols(state) // 2
+        models, middle = self._models[state], num_symbols(state) // 2
 
-        def visit(step: Pass) -> Ints:
-            tables = step.tables.ravel()
-            order = np.argsort(tables.astype(np.uint16), kind="stable")
-            codes = np.empty(tables.size, np.int32)
-            for table, start, stop in _runs(tables[order]):
-                codes[order[start:stop]] = coder.decode(models[table], stop - start)
-            residual = codes.reshape(step.tables.shape) - np.int32(shift)
-            return step.base + residual * step.sign
+        def visit(step: Pass) -> Symbols:
+            order, runs = _runs(step.tables)
+            sorted_codes = np.empty(order.size, np.int16)
+            for table, start, stop in runs:
+                sorted_codes[start:stop] = coder.decode(models[table], stop - start)
+            codes = np.empty(order.size, np.int16)
+            codes[order] = sorted_codes
+            return step.symbols(codes.reshape(step.tables.shape), middle)
 
         symbols = self.contexts.walk(state, parent, shape, active, visit)
         if not coder.is_empty():
             raise SymbolError(section, "bytes are left after the last symbol")
         return CodedTile(payload, symbols, _refinement(symbols, parent, active))
 
-    def _encode_state(self, state: int, parent: Ints | None, symbols: Ints) -> CodedTile:
+    def _encode_state(self, state: int, parent: Symbols | None, symbols: Symbols) -> CodedTile:
         active = active_channels(symbols, parent)
-        flat = symbols.reshape(symbols.shape[0], -1)
-        runs: list[tuple[int, Ints]] = []
-        shift = num_symbols(state) // 2
+        rows, columns, channels = symbols.shape
+        cells = symbols.reshape(rows * columns, channels)
+        middle = num_symbols(state) // 2
+        runs: list[tuple[int, npt.NDArray[np.int32]]] = []
 
-        def visit(step: Pass) -> Ints:
-            wanted = flat[step.channels][:, step.positions]
-            codes = ((wanted - step.base) * step.sign + shift).ravel()
-            if codes.size and (codes.min() < 0 or codes.max() > 2 * shift):
+        def visit(step: Pass) -> Symbols:
+            wanted = np.take(cells[:, step.channels], step.positions, 0)
+            codes = step.codes(wanted, middle)
+            if codes.min() < 0 or codes.max() > 2 * middle:
                 raise EncodeError(f"a symbol of state {state} is too far from its prediction")
-            tables = step.tables.ravel()
-            order = np.argsort(tables.astype(np.uint16), kind="stable")
-            for table, start, stop in _runs(tables[order]):
-                runs.append((table, codes[order[start:stop]]))
+            order, stretches = _runs(step.tables)
+            sorted_codes = np.take(codes.ravel(), order).astype(np.int32)
+            runs.extend((table, sorted_codes[start:stop]) for table, start, stop in stretches)
             return wanted
 
-        self.contexts.walk(state, parent, (symbols.shape[1], symbols.shape[2]), active, visit)
+        self.contexts.walk(state, parent, (rows, columns), active, visit)
         coder = constriction.stream.stack.AnsCoder()
-        for table, codes in reversed(runs):
-            coder.encode_reverse(codes, self._models[state][table])
+        for table, stretch in reversed(runs):
+            coder.encode_reverse(stretch, self._models[state][table])
         words = coder.get_compressed().astype("<u4").tobytes()
         payload = active.to_bytes(2, "little") + words
         return CodedTile(payload, symbols, _refinement(symbols, parent, active))
 
 
-def nested_symbols(finest: Ints, num_states: int) -> list[Ints]:
+def nested_symbols(finest: Symbols, num_states: int) -> list[Symbols]:
     """The symbols of every state, coarsest first, from those of the finest."""
-    levels = [np.ascontiguousarray(finest, np.int32)]
+    levels = [np.ascontiguousarray(finest, np.int16)]
     for _ in range(num_states - 1):
-        levels.append((levels[-1] + 1) // RATIO)
+        levels.append((levels[-1] + np.int16(1)) // np.int16(RATIO))
     return levels[::-1]
 
 
-def active_channels(symbols: Ints, parent: Ints | None) -> int:
+def active_channels(symbols: Symbols, parent: Symbols | None) -> int:
     """Number of channels up to and including the last that refines its parent."""
-    rest = symbols if parent is None else symbols - RATIO * parent
-    return _last_nonzero_channel(rest)
+    return _last_nonzero_channel(symbols if parent is None else symbols - parent * np.int16(RATIO))
 
 
-def _refinement(symbols: Ints, parent: Ints | None, active: int) -> bytes:
-    """What a state adds in its active channels, as int8 in channel, row, column order."""
-    rest = symbols[:active] if parent is None else symbols[:active] - RATIO * parent[:active]
+def _refinement(symbols: Symbols, parent: Symbols | None, active: int) -> bytes:
+    """What a state adds in its active channels, as int8 in row, column, channel order."""
+    rest = symbols[:, :, :active]
+    if parent is not None:
+        rest = rest - parent[:, :, :active] * np.int16(RATIO)
     return rest.astype(np.int8).tobytes()
 
 
-def _last_nonzero_channel(symbols: Ints) -> int:
-    used = np.flatnonzero(symbols.reshape(symbols.shape[0], -1).any(1))
+def _last_nonzero_channel(symbols: Symbols) -> int:
+    used = np.flatnonzero(symbols.reshape(-1, symbols.shape[2]).any(0))
     return int(used[-1]) + 1 if used.size else 0
 
 
+def _clipped_magnitude(symbols: Symbols) -> Floats:
+    return np.minimum(np.abs(symbols), MAX_MAGNITUDE).astype(np.float32)
+
+
 def _neighbour_sums(values: Floats) -> tuple[Floats, Floats]:
-    """Sums over the four side and the four corner neighbours, zero beyond the edge; ``[C, i, j]``."""
-    padded = np.pad(values, ((0, 0), (1, 1), (1, 1)))
-    upright = padded[:, :-2] + padded[:, 2:]
-    sides = upright[:, :, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
-    corners = upright[:, :, :-2] + upright[:, :, 2:]
-    return sides, corners
+    """Sums over the four side and the four corner neighbours, zero beyond the edge; ``[i, j, C]``."""
+    rows, columns, channels = values.shape
+    padded = np.zeros((rows + 2, columns + 2, channels), np.float32)
+    padded[1:-1, 1:-1] = values
+    upright = padded[:-2] + padded[2:]
+    sides = upright[:, 1:-1] + padded[1:-1, :-2]
+    sides += padded[1:-1, 2:]
+    return sides, upright[:, :-2] + upright[:, 2:]
 
 
-def _runs(ordered: npt.NDArray[np.int32]) -> list[tuple[int, int, int]]:
-    """Stretches of equal values of a sorted array: value, start, stop."""
-    if not ordered.size:
-        return []
-    edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
-    starts = np.concatenate([[0], edges])
-    stops = np.concatenate([edges, [ordered.size]])
-    return [
-        (int(ordered[start]), int(start), int(stop))
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
-    ]
+def _runs(
+    tables: npt.NDArray[np.uint16],
+) -> tuple[npt.NDArray[np.intp], list[tuple[int, int, int]]]:
+    """Order symbols by table, stably; and the stretches of one table: table, start, stop."""
+    flat = tables.ravel()
+    order = np.argsort(flat, kind="stable")
+    counts = np.bincount(flat)
+    used = np.flatnonzero(counts)
+    stops = np.cumsum(counts[used])
+    starts = stops - counts[used]
+    return order, list(zip(used.tolist(), starts.tolist(), stops.tolist(), strict=True))

@@ -34,8 +34,8 @@ def coder(tables: ContextTables) -> SymbolCoder:
 
 def random_symbols(seed: int, shape: tuple[int, int, int], spread: float) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    falling = np.exp(-np.arange(shape[0]) / 8)[:, None, None]
-    return np.rint(rng.laplace(size=shape) * spread * falling).astype(np.int32)
+    falling = np.exp(-np.arange(shape[2]) / 8)
+    return np.rint(rng.laplace(size=shape) * spread * falling).astype(np.int16)
 
 
 def decode_all(coder: SymbolCoder, coded: list, shape: tuple[int, int]) -> list[np.ndarray]:
@@ -57,14 +57,14 @@ def decode_all(coder: SymbolCoder, coded: list, shape: tuple[int, int]) -> list[
 def test_every_state_decodes_to_the_symbols_that_were_encoded(
     coder: SymbolCoder, seed: int, rows: int, columns: int, spread: float
 ) -> None:
-    finest = random_symbols(seed, (coder.tables.channels, rows, columns), spread)
+    finest = random_symbols(seed, (rows, columns, coder.tables.channels), spread)
     decoded = decode_all(coder, coder.encode(finest), (rows, columns))
     for wanted, found in zip(nested_symbols(finest, 3), decoded, strict=True):
         np.testing.assert_array_equal(wanted, found)
 
 
 def test_symbols_of_a_coarser_state_follow_from_the_finer_by_integers() -> None:
-    finest = np.arange(-40, 41, dtype=np.int32)
+    finest = np.arange(-40, 41, dtype=np.int16)
     coarse = nested_symbols(finest, 2)[0]
     np.testing.assert_array_equal(coarse, np.rint(finest / 3))
     assert set((finest - 3 * coarse).tolist()) == {-1, 0, 1}
@@ -73,20 +73,20 @@ def test_symbols_of_a_coarser_state_follow_from_the_finer_by_integers() -> None:
 def test_an_independent_decoder_finds_the_same_symbols(
     coder: SymbolCoder, tables: ContextTables
 ) -> None:
-    finest = random_symbols(3, (tables.channels, 5, 7), 9.0)
+    finest = random_symbols(3, (5, 7, tables.channels), 9.0)
     integers = reference_decoder.read_safetensors(TABLES)
-    parent = np.zeros(finest.shape, np.int64)
+    parent = np.zeros((tables.channels, 5, 7), np.int64)
     coded = coder.encode(finest)
     for state, tile in enumerate(coded):
         parent, added = reference_decoder.decode_tile(integers, state, parent, tile.payload)
-        np.testing.assert_array_equal(parent, tile.symbols)
+        np.testing.assert_array_equal(np.moveaxis(parent, 0, 2), tile.symbols)
         assert added == tile.refinement
 
 
 def test_real_bytes_are_close_to_the_entropy_of_the_tables(
     coder: SymbolCoder, tables: ContextTables
 ) -> None:
-    finest = random_symbols(5, (tables.channels, 32, 32), 3.0)
+    finest = random_symbols(5, (32, 32, tables.channels), 3.0)
     bits = 0.0
     coded = coder.encode(finest)
     parent = None
@@ -95,9 +95,8 @@ def test_real_bytes_are_close_to_the_entropy_of_the_tables(
 
         def price(step, symbols=tile.symbols, frequencies=frequencies):
             nonlocal bits
-            flat = symbols.reshape(symbols.shape[0], -1)
-            wanted = flat[step.channels][:, step.positions]
-            codes = (wanted - step.base) * step.sign + frequencies.shape[1] // 2
+            wanted = symbols.reshape(1024, -1)[step.positions, step.channels]
+            codes = step.codes(wanted, frequencies.shape[1] // 2)
             bits -= np.log2(frequencies[step.tables, codes] / PRECISION).sum()
             return wanted
 
@@ -109,12 +108,12 @@ def test_real_bytes_are_close_to_the_entropy_of_the_tables(
 
 
 def test_a_flat_tile_costs_two_bytes_a_state(coder: SymbolCoder) -> None:
-    coded = coder.encode(np.zeros((coder.tables.channels, 4, 4), np.int32))
+    coded = coder.encode(np.zeros((4, 4, coder.tables.channels), np.int16))
     assert [tile.payload for tile in coded] == [b"\0\0"] * 3
 
 
 def test_a_symbol_beyond_the_coarsest_alphabet_is_refused_at_encoding(coder: SymbolCoder) -> None:
-    finest = np.zeros((coder.tables.channels, 2, 2), np.int32)
+    finest = np.zeros((2, 2, coder.tables.channels), np.int16)
     finest[0, 0, 0] = 9 * (COARSEST_LIMIT + 30)
     with pytest.raises(EncodeError, match="state 0"):
         coder.encode(finest)
@@ -126,7 +125,7 @@ def test_damaged_payloads_raise_or_decode_to_the_size_asked_for(
     coder: SymbolCoder, data: st.DataObject
 ) -> None:
     payload = bytearray(
-        coder.encode(random_symbols(7, (coder.tables.channels, 4, 4), 4.0))[0].payload
+        coder.encode(random_symbols(7, (4, 4, coder.tables.channels), 4.0))[0].payload
     )
     for _ in range(data.draw(st.integers(1, 4))):
         payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
@@ -135,7 +134,7 @@ def test_damaged_payloads_raise_or_decode_to_the_size_asked_for(
         tile = coder.decode(0, None, (4, 4), bytes(payload[:cut]))
     except SymbolError:
         return
-    assert tile.symbols.shape == (coder.tables.channels, 4, 4)
+    assert tile.symbols.shape == (4, 4, coder.tables.channels)
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def picture(name: str, height: int, width: int) -> np.ndarray:
 
 
 def digest(symbols: np.ndarray) -> str:
-    """SHA-256 of symbols as int32 little-endian in channel, row, column order."""
-    return hashlib.sha256(np.ascontiguousarray(symbols, "<i4").tobytes()).hexdigest()
+    """SHA-256 of symbols as int16 little-endian in row, column, channel order."""
+    return hashlib.sha256(np.ascontiguousarray(symbols, "<i2").tobytes()).hexdigest()
 
 
 def main() -> None:
