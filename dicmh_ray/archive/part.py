@@ -120,6 +120,11 @@ class Part:
     index: pa.Table
     """:data:`INDEX_SCHEMA`, one row a row."""
 
+    @property
+    def num_rows(self) -> int:
+        """Rows in all row groups."""
+        return len(self.index)
+
 
 def write_parts(
     unit: str,
