@@ -40,6 +40,10 @@ MAY_IMPORT = {
 
 LAZY = {
     ("codec/__init__.py", "dicmh_ray.codec.layered_codec"): "load_codec is what loads torch",
+    ("cli/__init__.py", "dicmh_ray.cli.measuring"): "the help must not wait for bodies of commands",
+    ("cli/__init__.py", "dicmh_ray.cli.reading"): "the same",
+    ("cli/__init__.py", "dicmh_ray.cli.training"): "the same, and torch",
+    ("cli/__init__.py", "dicmh_ray.cli.writing"): "the same",
     ("ray_plugin/__init__.py", "dicmh_ray.ray_plugin.run"): "the ray extra, when Ray is asked for",
     ("bench/bd_rate.py", "bjontegaard"): "the bench extra",
     ("bench/plots.py", "matplotlib"): "the bench extra",

@@ -1,0 +1,378 @@
+"""The command line: parse, call, print.
+
+This module knows only typer, so that ``dicmh --help`` is there at once; each command imports its
+body when it is called. Exit codes: 0 done · 1 an error, told in one line · 2 usage · 3 too many
+images failed · 130 interrupted. ``verify`` has its own: 0 sound · 1 damaged · 2 not checked.
+Results go to standard output, progress and messages to standard error.
+"""
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="dicmh",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich help takes three times as long to appear
+    pretty_exceptions_enable=False,
+    help="Learned image archives: compress a collection once, read it back lazily.",
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure the codec.")
+app.add_typer(bench_app, name="bench")
+
+
+class Runtime(StrEnum):
+    """Where units run."""
+
+    RAY = "ray"
+    LOCAL = "local"
+
+
+class KeepOriginal(StrEnum):
+    """Which source bytes stay in the archive."""
+
+    NEVER = "never"
+    BELOW_FLOOR = "below-floor"
+    ALWAYS = "always"
+
+
+class View(StrEnum):
+    """What is written of an image."""
+
+    MACHINE = "machine"
+    LATENT = "latent"
+    ORIGINAL = "original"
+
+
+class Format(StrEnum):
+    """Of decoded pictures."""
+
+    PNG = "png"
+    JPG = "jpg"
+    NPY = "npy"
+
+
+ArchiveArgument = Annotated[str, typer.Argument(metavar="ARCHIVE", help="Its folder or URL.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--storage-option",
+        metavar="NAME=VALUE",
+        help="For the fsspec file system of remote addresses, e.g. `anon=true`. Repeatable.",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="Where the codec runs: cpu, cuda, cuda:1, auto.")]
+CheckpointOption = Annotated[str, typer.Option(help="Checkpoint: `default` or a directory.")]
+
+
+@app.callback()
+def configure(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens, to standard error.")
+    ] = False,
+) -> None:
+    """Set up logging for every command."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+@app.command()
+def compress(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC",
+            help="Tars, Parquet files, folders, globs, {000..099}; any fsspec URL.",
+        ),
+    ],
+    archive: ArchiveArgument,
+    runtime: Annotated[Runtime, typer.Option(help="Ray actors, or a loop here.")] = Runtime.RAY,
+    states: Annotated[
+        int | None, typer.Option(min=1, help="Write exactly so many states of each image.")
+    ] = None,
+    target_bpp: Annotated[
+        float | None, typer.Option(help="Write the most states within so many bits per pixel.")
+    ] = None,
+    min_psnr: Annotated[float, typer.Option(help="Floor in dB, whole picture.")] = 30.0,
+    min_tile_psnr: Annotated[float, typer.Option(help="Floor in dB, worst 64x64 tile.")] = 24.0,
+    keep_original: Annotated[
+        KeepOriginal,
+        typer.Option(
+            help="Source bytes that stay: of no image, of those without a stream, of all."
+        ),
+    ] = KeepOriginal.BELOW_FLOOR,
+    base_states: Annotated[
+        int, typer.Option(min=1, help="States in the column that previews read.")
+    ] = 2,
+    tag_field: Annotated[
+        list[str] | None,
+        typer.Option(help="Metadata field whose values become tags: cls, json.labels. Repeatable."),
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Parquet: column of images.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Parquet: column of keys.")] = None,
+    checkpoint: CheckpointOption = "default",
+    device: DeviceOption = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of torch in each process.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray: actors. Default: one a GPU, else one a CPU.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray: a running cluster, e.g. `auto`.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an archive that has commits, or refuse it.")
+    ] = True,
+    failure_budget: Annotated[
+        str,
+        typer.Option(metavar="N|SHARE", help="Failed images tolerated: 100, or 0.05 for 5 %."),
+    ] = "0.1",
+    storage_option: StorageOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the units and totals; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a collection into an archive; the same command again goes on where it stopped.
+
+    By default each image gets the fewest states whose decode meets the quality floor. What cannot
+    be encoded, misses the floor or would grow keeps its original bytes: nothing is lost.
+
+    Examples:
+
+        dicmh compress photos/ archive/
+
+        dicmh compress 'shards/{000..099}.tar' s3://bucket/archive --tag-field cls
+
+        dicmh compress data.parquet out/ --image-column image --target-bpp 0.5 --runtime local
+    """
+    from dicmh_ray.cli.writing import CompressArguments, run_compress
+
+    run_compress(
+        CompressArguments(
+            sources=sources,
+            archive=archive,
+            runtime=runtime.value,
+            policy={
+                "states": states,
+                "target_bpp": target_bpp,
+                "min_psnr": min_psnr,
+                "min_worst_tile_psnr": min_tile_psnr,
+                "keep_original": keep_original.value,
+                "base_states": base_states,
+            },
+            source={
+                "tag_fields": tag_field or (),
+                "image_column": image_column,
+                "key_column": key_column,
+            },
+            checkpoint=checkpoint,
+            device=device,
+            threads=threads,
+            workers=workers,
+            ray_address=ray_address,
+            resume=resume,
+            failure_budget=failure_budget,
+            storage_options=storage_option or [],
+        ),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def info(
+    archive: ArchiveArgument, as_json: JsonOption = False, storage_option: StorageOption = None
+) -> None:
+    """Say what an archive holds, from its commits alone.
+
+    Example:
+
+        dicmh info archive/ --json
+    """
+    from dicmh_ray.cli.reading import run_info
+
+    run_info(archive, storage_option or [], as_json=as_json)
+
+
+@app.command()
+def verify(
+    archive: ArchiveArgument,
+    subset: Annotated[
+        str | None, typer.Option(metavar="N/T", help="Check every T-th unit from the N-th.")
+    ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every stream, too (slow).")
+    ] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Check every object and every row. Exit 0: sound, 1: damaged, 2: could not be checked.
+
+    Examples:
+
+        dicmh verify archive/
+
+        dicmh verify s3://bucket/archive --subset 1/30
+    """
+    from dicmh_ray.cli.reading import run_verify
+
+    run_verify(
+        archive,
+        storage_option or [],
+        subset=subset,
+        decode=decode,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def decode(
+    archive: ArchiveArgument,
+    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="Images.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the files; is created.")
+    ] = Path(),
+    where: Annotated[
+        str | None, typer.Option(help="Also the images a filter selects; `True` is all.")
+    ] = None,
+    states: Annotated[
+        int | None, typer.Option(min=1, help="Decode from the first states only, where there are.")
+    ] = None,
+    view: Annotated[View, typer.Option(help="Picture, latent (npy), or kept source bytes.")] = (
+        View.MACHINE
+    ),
+    format: Annotated[Format, typer.Option(help="Of pictures.")] = Format.PNG,
+    device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
+) -> None:
+    """Decode images to files and print a line for each: key, tab, file.
+
+    Keys are data, never paths: file names are made safe and unique.
+
+    Examples:
+
+        dicmh decode archive/ 000-0004 000-0017 -o out/
+
+        dicmh decode archive/ --where "'dog' in tags" --states 2 --format jpg -o dogs/
+    """
+    from dicmh_ray.cli.reading import run_decode
+
+    run_decode(
+        archive,
+        storage_option or [],
+        keys=keys or [],
+        where=where,
+        output=output,
+        states=states,
+        view=view.value,
+        format=format.value,
+        device=device,
+    )
+
+
+@app.command()
+def ls(
+    archive: ArchiveArgument,
+    where: Annotated[
+        str | None, typer.Option(help="Filter: \"'dog' in tags and width >= 512\".")
+    ] = None,
+    columns: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "key,status,tier,tags,width,height,bpp,psnr,num_states,error",
+    limit: Annotated[int, typer.Option(min=0, help="Rows at most; 0 is all.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """List rows. Reads no blob.
+
+    Examples:
+
+        dicmh ls archive/ --where "status != 'ok'" --columns key,error
+
+        dicmh ls archive/ --where "metadata.cls == 3 and bpp < 0.5" --limit 0 --json
+    """
+    from dicmh_ray.cli.reading import run_ls
+
+    names = [name.strip() for name in columns.split(",") if name.strip()]
+    run_ls(archive, storage_option or [], where=where, columns=names, limit=limit, as_json=as_json)
+
+
+@app.command()
+def train(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SRC", help="Training photographs, as for compress.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the run; found there, it goes on.")
+    ],
+    preset: Annotated[str, typer.Option(help="`default`, or `tiny` for a trial.")] = "default",
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End the schedule by then.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a checkpoint on photographs and export it to OUTPUT/checkpoint.
+
+    Example:
+
+        dicmh train photos/ -o run/ --minutes 90
+    """
+    from dicmh_ray.cli.training import run_train
+
+    run_train(sources, output, preset=preset, steps=steps, minutes=minutes, device=device)
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Keep ``rd`` a command of its own, though it is the only one."""
+
+
+@bench_app.command("rd")
+def bench_rd(
+    folder: Annotated[Path, typer.Argument(help="Folder of images, at any depth.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for rd.json, rd.md and plots.")
+    ] = None,
+    checkpoint: CheckpointOption = "default",
+    device: DeviceOption = "auto",
+    max_images: Annotated[int | None, typer.Option(min=1, help="Only the first.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure rate and distortion of every state against JPEG, WebP and AVIF, with BD-rates.
+
+    Example:
+
+        dicmh bench rd kodak/ -o report/
+    """
+    from dicmh_ray.cli.measuring import run_bench_rd
+
+    run_bench_rd(
+        folder,
+        output=output,
+        checkpoint=checkpoint,
+        device=device,
+        max_images=max_images,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def version(as_json: JsonOption = False) -> None:
+    """Print the versions of package, default checkpoint and libraries."""
+    from dicmh_ray.cli.measuring import run_version
+
+    run_version(as_json=as_json)
+
+
+def main() -> None:
+    """Entry point of the ``dicmh`` program."""
+    app()

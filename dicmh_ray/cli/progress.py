@@ -1,0 +1,81 @@
+"""A running job on the screen: a bar on a terminal, lines in a log."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dicmh_ray.cli.output import bytes_text, number_text
+from dicmh_ray.pipeline import JobReport
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class JobDisplay:
+    """Shows a :class:`JobReport` each time it is called with one. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.last: JobReport | None = None
+        """What was shown last: all that is known when a job ends in an error."""
+
+        self._console = console
+        self._bar: Progress | None = None
+        self._next_line = 0.0
+        if console.is_terminal:
+            self._bar = Progress(
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=console,
+            )
+            self._task = self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, report: JobReport) -> None:
+        """Show the report, as a line at most every ten seconds and at the end."""
+        self.last = report
+        if self._bar is not None:
+            total, done = report.source_bytes_total, report.source_bytes_done
+            self._bar.update(
+                self._task, total=total or 1, completed=done, description=line_of(report)
+            )
+            return
+        is_last = report.manifest is not None
+        if is_last or time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            self._console.print(line_of(report))
+
+
+def line_of(report: JobReport) -> str:
+    """Units, images a second, rate so far, bytes saved, and what went wrong."""
+    tally = report.tally
+    units = report.units_done + report.units_resumed
+    images = tally.images + report.images_in_flight
+    speed = images / report.seconds if report.seconds else 0.0
+    words = [
+        f"{units}/{report.units_total} units",
+        f"{images} images",
+        f"{speed:.1f}/s",
+        f"{number_text(report.mean_bpp, '.3f')} bpp",
+        f"saved {bytes_text(tally.bytes_in - tally.bytes_out)}",
+        *(f"{cause} {count}" for cause, count in sorted(tally.causes.items())),
+    ]
+    if report.units_failed:
+        words.append(f"units given up {len(report.units_failed)}")
+    return " · ".join(words)

@@ -1,0 +1,292 @@
+"""Bodies of ``dicmh info``, ``verify``, ``ls`` and ``decode``."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dicmh_ray.archive import BLOBS, open_snapshot, verify_archive
+from dicmh_ray.cli.output import (
+    EXIT_ERROR,
+    EXIT_USAGE,
+    bytes_text,
+    number_text,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    storage_options,
+    tell,
+    told_in_one_line,
+)
+from dicmh_ray.errors import (
+    BitstreamError,
+    RowNotFoundError,
+    SourceImageError,
+    UnsupportedImageError,
+)
+from dicmh_ray.reader import ArchiveReader
+from dicmh_ray.views import Archive, ImageView, open_archive
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_MAX_STEM = 100
+
+
+def run_info(archive: str, storage: Sequence[str], *, as_json: bool) -> None:
+    """Print what the commits say."""
+    with told_in_one_line():
+        snapshot = open_snapshot(archive, storage_options=storage_options(storage, archive))
+    statistics = snapshot.statistics
+    causes: Counter[str] = Counter()
+    psnr_sum = 0.0
+    for commit in snapshot.commits:
+        causes.update(commit.info.get("causes", {}))
+        psnr_sum += commit.info.get("psnr_sum", 0.0)
+    mean_psnr = psnr_sum / statistics.ok if statistics.ok else None
+    if as_json:
+        print_json(
+            {
+                "uri": snapshot.uri,
+                "complete": snapshot.is_complete,
+                **statistics.to_dict(),
+                "mean_psnr": mean_psnr,
+                "causes": dict(sorted(causes.items())),
+            }
+        )
+        return
+    ratio = statistics.bytes_in / statistics.bytes_out if statistics.bytes_out else None
+    facts = [
+        ("units", f"{statistics.committed} of {statistics.units} committed"),
+        ("rows", str(statistics.rows)),
+        ("ok", str(statistics.ok)),
+        ("kept original", str(statistics.kept_original)),
+        ("failed", str(statistics.failed)),
+        ("bytes in", bytes_text(statistics.bytes_in)),
+        ("bytes out", f"{bytes_text(statistics.bytes_out)} ({number_text(ratio, '.2f')} : 1)"),
+        ("rate", number_text(statistics.mean_bpp, ".3f", " bpp")),
+        ("PSNR", number_text(mean_psnr, ".2f", " dB")),
+        *((cause, str(count)) for cause, count in sorted(causes.items())),
+        ("codec", statistics.codec_id),
+        ("plan", statistics.plan_id),
+        ("written by", statistics.created_by),
+    ]
+    state = "complete" if snapshot.is_complete else "unfinished"
+    print_facts(f"{snapshot.uri} ({state})", facts)
+
+
+def run_verify(
+    archive: str,
+    storage: Sequence[str],
+    *,
+    subset: str | None,
+    decode: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Check, print what was found, and exit with the report's code."""
+    options = storage_options(storage, archive)
+    with told_in_one_line(error_code=2):
+        decoder = None
+        if decode:
+            decoder = open_archive(archive, device=device, storage_options=options).codec.decode
+        try:
+            report = verify_archive(archive, subset=subset, decode=decoder, storage_options=options)
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc)) from exc
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        for problem in report.problems:
+            say(f"damaged: {problem}")
+        for note in report.notes:
+            say(f"note: {note}")
+        if report.unchecked is not None:
+            say(f"not checked: {report.unchecked}")
+        verdict = {0: "sound", 1: "damaged", 2: "could not be checked"}[report.exit_code]
+        say(
+            f"{verdict}: {report.objects} objects, {report.rows} rows, "
+            f"{bytes_text(report.bytes_read)} read, {len(report.problems)} problems"
+        )
+    raise typer.Exit(report.exit_code)
+
+
+def run_ls(
+    archive: str,
+    storage: Sequence[str],
+    *,
+    where: str | None,
+    columns: Sequence[str],
+    limit: int,
+    as_json: bool,
+) -> None:
+    """Print rows."""
+    with told_in_one_line():
+        reader = ArchiveReader.open(archive, storage_options=storage_options(storage, archive))
+        blobs = sorted(set(columns) & set(BLOBS))
+        if blobs:
+            raise typer.BadParameter(f"{', '.join(blobs)}: use `dicmh decode` for blobs")
+        try:
+            rows = _rows(reader, columns, where)
+            shown, has_more = _first(rows, limit)
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc)) from exc
+    if as_json:
+        for row in shown:
+            say(json.dumps(row, default=_json_bytes))
+    else:
+        print_table(columns, [[_cell(row[name]) for name in columns] for row in shown])
+    if has_more:
+        tell(f"the first {limit}; there are more (--limit 0 is all)")
+
+
+def _rows(
+    reader: ArchiveReader, columns: Sequence[str], where: str | None
+) -> Iterator[dict[str, Any]]:
+    for batch in reader.scan(list(dict.fromkeys(columns)), where):
+        yield from batch.to_pylist()
+
+
+def _first(rows: Iterable[dict[str, Any]], limit: int) -> tuple[list[dict[str, Any]], bool]:
+    shown: list[dict[str, Any]] = []
+    for row in rows:
+        if limit and len(shown) == limit:
+            return shown, True
+        shown.append(row)
+    return shown, False
+
+
+def _cell(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:.4g}"
+        case bytes():
+            return f"{len(value)} bytes"
+        case list():
+            return ", ".join(map(str, value))
+        case _:
+            return str(value)
+
+
+def _json_bytes(value: object) -> object:
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def run_decode(
+    archive: str,
+    storage: Sequence[str],
+    *,
+    keys: Sequence[str],
+    where: str | None,
+    output: Path,
+    states: int | None,
+    view: str,
+    format: str,
+    device: str,
+) -> None:
+    """Write files; an image that cannot be written is named, and the exit code is 1 then."""
+    if not keys and where is None:
+        tell("error: name keys, or select images with --where")
+        raise typer.Exit(EXIT_USAGE)
+    failures: list[str] = []
+    with told_in_one_line():
+        options = storage_options(storage, archive)
+        opened = open_archive(archive, device=device, storage_options=options)
+        output.mkdir(parents=True, exist_ok=True)
+        names = FileNames()
+        for image in _selected(opened, keys, where, failures):
+            try:
+                suffix, data = _content(image, states=states, view=view, format=format)
+            except (SourceImageError, BitstreamError) as exc:
+                failures.append(str(exc))
+                continue
+            path = output / names.claim(image.key, suffix)
+            _save(path, data, image)
+            say(f"{image.key}\t{path}")
+    for failure in failures:
+        tell(f"error: {failure}")
+    if failures:
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _selected(
+    archive: Archive, keys: Sequence[str], where: str | None, failures: list[str]
+) -> Iterator[ImageView]:
+    """The named images, then the filter's others. Names that are not there go to ``failures``."""
+    for key in dict.fromkeys(keys):
+        try:
+            yield archive[key]
+        except RowNotFoundError as exc:
+            failures.append(str(exc))
+    if where is not None:
+        named = set(keys)
+        for view in archive.views(None if where.strip() in ("True", "true") else where):
+            if view.key not in named:
+                yield view
+
+
+def _content(
+    image: ImageView,
+    *,
+    states: int | None,
+    view: str,
+    format: str,
+) -> tuple[str, Any]:
+    """Suffix, and what goes into the file: bytes or an array."""
+    if states is not None and image.num_states:
+        states = min(states, image.num_states)
+    if view == "original":
+        if not image.original:
+            raise UnsupportedImageError(f"{image.key!r}: its original bytes were not kept")
+        return f".{(image.row.original_format or 'bin').lower()}", image.original
+    if view == "latent":
+        return ".npy", image.latent(states)
+    return f".{format}", image.pixels(view, states)
+
+
+def _save(path: Path, data: Any, image: ImageView) -> None:
+    """Write one file. A decoded picture says in its own metadata that it is one."""
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    elif path.suffix == ".npy":
+        np.save(path, data, allow_pickle=False)
+    else:
+        note = (
+            f"decoded by dicmh_ray, tier {image.tier}, original sha256 {image.row.original_sha256}"
+        )
+        if path.suffix == ".png":
+            text = PngInfo()
+            text.add_text("Comment", note)
+            Image.fromarray(data).save(path, pnginfo=text)
+        else:
+            Image.fromarray(data).save(path, quality=95, comment=note.encode())
+
+
+class FileNames:
+    """Turns keys into file names: safe on every file system, unique, the same every time."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def claim(self, key: str, suffix: str) -> str:
+        """A name for the key's file.
+
+        A key that is no plain name, or whose name is taken but for case, gets eight hex digits of
+        its SHA-256 behind it.
+        """
+        stem = _UNSAFE.sub("_", key).strip("._-")[:_MAX_STEM]
+        if not stem or stem != key or stem.lower() in self._taken:
+            stem = f"{stem or 'image'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        self._taken.add(stem.lower())
+        return stem + suffix

@@ -1,0 +1,45 @@
+"""Body of ``dicmh train``: the only command that needs torch to start."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dicmh_ray.cli.output import say, tell, told_in_one_line
+from dicmh_ray.recipe import PRESETS, train_checkpoint
+
+
+def run_train(
+    sources: Sequence[str],
+    output: Path,
+    *,
+    preset: str,
+    steps: int | None,
+    minutes: float | None,
+    device: str,
+) -> None:
+    """Train and export; lines of progress go to standard error."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"--preset {preset!r}: there are {', '.join(PRESETS)}")
+    given: dict[str, Any] = {"steps": steps, "minutes": minutes}
+    changes = {name: value for name, value in given.items() if value is not None}
+    with told_in_one_line():
+        checkpoint = train_checkpoint(
+            sources,
+            output,
+            preset=preset,
+            options=dataclasses.replace(PRESETS[preset].options, **changes),
+            device=device,
+            report=tell,
+            report_step=lambda facts: tell(_step_line(facts)),
+        )
+    say(f"{output / 'checkpoint'}\t{checkpoint.codec_id}")
+
+
+def _step_line(facts: dict[str, Any]) -> str:
+    return "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in facts.items()
+    )

@@ -1,0 +1,281 @@
+"""The program as a user meets it: what it prints, what it writes, how it ends. No torch, no ray."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from dicmh_ray import views
+from dicmh_ray.cli import app
+from dicmh_ray.cli.progress import JobDisplay
+from dicmh_ray.cli.reading import FileNames
+from dicmh_ray.errors import FailureBudgetError
+from dicmh_ray.pipeline import job as job_module
+from dicmh_ray.pipeline.job import Checkpoint
+from tests.fake_codec import FakeCodec
+from tests.small_collections import bmp, picture, write_tar, write_tars
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the program with FakeCodec as the default checkpoint."""
+    monkeypatch.setattr(
+        Checkpoint,
+        "open",
+        classmethod(lambda cls, _: cls(codec_id="ab" * 32, files={}, factory=FakeCodec)),
+    )
+    monkeypatch.setattr(views, "load_codec", lambda *_, **__: FakeCodec())
+    monkeypatch.setattr(views, "_loaded_codecs", {})
+    monkeypatch.setattr(job_module, "BUDGET_GRACE_IMAGES", 4)
+
+    def invoke(*arguments, code=0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def archive(run, tmp_path):
+    tars = write_tars(tmp_path)
+    folder = tmp_path / "archive"
+    run("compress", *tars, folder, "--runtime", "local", "--tag-field", "cls")
+    return folder
+
+
+def test_compress_then_info_then_verify(run, archive):
+    facts = json.loads(run("info", archive, "--json").stdout)
+    assert facts["complete"]
+    assert facts["codec_id"] == "ab" * 32
+    names = ("rows", "ok", "kept_original", "failed")
+    assert [facts[name] for name in names] == [18, 18, 0, 0]
+    assert facts["bytes_in"] > 0
+    assert facts["bytes_out"] > 0
+    assert facts["mean_bpp"] > 0
+    assert facts["causes"] == {}
+    shown = run("info", archive).stdout
+    assert "3 of 3 committed" in shown
+    assert "(complete)" in shown
+    assert run("verify", archive).stdout.startswith("sound: ")
+    assert run("verify", archive, "--decode").stdout.startswith("sound: ")
+    assert json.loads(run("verify", archive, "--json").stdout)["exit_code"] == 0
+
+
+def test_compress_reports_as_json_and_a_second_run_has_nothing_to_do(run, tmp_path):
+    tars = write_tars(tmp_path)
+    command = ("compress", *tars, tmp_path / "a", "--runtime", "local", "--json")
+    report = json.loads(run(*command).stdout)
+    assert (report["images"], report["units_done"], report["manifest"]) == (18, 3, 1)
+    report = json.loads(run(*command).stdout)
+    assert (report["images"], report["units_resumed"]) == (0, 3)
+
+
+def test_a_dry_run_lists_units_and_writes_nothing(run, tmp_path):
+    tars = write_tars(tmp_path)
+    command = ("compress", *tars, tmp_path / "a", "--dry-run")
+    assert "3 units, " in run(*command).stdout
+    listed = json.loads(run(*command, "--json").stdout)
+    assert len(listed["units"]) == 3
+    assert listed["committed"] == 0
+    assert not (tmp_path / "a").exists()
+
+
+def test_too_many_failures_end_with_code_3_and_the_report(run, tmp_path):
+    tar = write_tar(tmp_path / "x.tar", {"a": b"junk", "b": bmp(picture(1))})
+    command = ("compress", tar, tmp_path / "a", "--runtime", "local", "--failure-budget")
+    result = run(*command, "0.4", code=3)
+    assert "error: 1 of 2 images failed, the budget is 0.4" in result.stderr
+    assert "unreadable" in result.stdout
+    run("compress", tar, tmp_path / "b", "--runtime", "local", "--failure-budget", "1")
+
+
+def test_damage_ends_verify_with_code_1_and_names_the_object(run, archive):
+    part = next((archive / "data").iterdir())
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    result = run("verify", archive, code=1)
+    assert part.name in result.stdout
+
+
+@pytest.mark.parametrize("command", [("info",), ("ls",), ("decode", "key")])
+def test_a_missing_archive_is_one_line_and_code_1(run, tmp_path, command):
+    name, *rest = command
+    result = run(name, tmp_path / "nothing", *rest, code=1)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: no archive at")
+
+
+def test_a_missing_archive_cannot_be_verified(run, tmp_path):
+    run("verify", tmp_path / "nothing", code=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--states", "0"),
+        ("--states", "2", "--target-bpp", "1"),
+        ("--failure-budget", "many"),
+        ("--failure-budget", "1.5"),
+        ("--runtime", "cloud"),
+        ("--keep-original", "sometimes"),
+        ("--storage-option", "novalue"),
+    ],
+    ids=" ".join,
+)
+def test_options_without_meaning_are_usage_errors(run, tmp_path, options):
+    run("compress", *write_tars(tmp_path, tars=1), tmp_path / "a", *options, code=2)
+
+
+def test_a_source_that_is_not_there_is_told_in_one_line(run, tmp_path):
+    result = run("compress", tmp_path / "no.tar", tmp_path / "a", "--runtime", "local", code=1)
+    assert "error: no file matches" in result.stderr
+
+
+def test_ls_filters_selects_and_limits(run, archive):
+    lines = run("ls", archive, "--columns", "key,width,tags").stdout.splitlines()
+    assert lines[0] == "key\twidth\ttags"
+    assert len(lines) == 19
+    result = run("ls", archive, "--limit", "2", "--json", "--columns", "key,exif,metadata")
+    assert [set(json.loads(line)) for line in result.stdout.splitlines()] == [
+        {"key", "exif", "metadata"}
+    ] * 2
+    assert "there are more" in result.stderr
+    result = run("ls", archive, "--where", "metadata.cls == 1", "--limit", "0", "--json")
+    assert len(result.stdout.splitlines()) == 6
+
+
+@pytest.mark.parametrize("columns", ["base", "colour"])
+def test_ls_refuses_blobs_and_unknown_columns(run, archive, columns):
+    run("ls", archive, "--columns", columns, code=2)
+
+
+def test_a_filter_that_makes_no_sense_is_told_in_one_line(run, archive):
+    result = run("ls", archive, "--where", "width +", code=1)
+    assert result.stderr.startswith("error: filter 'width +'")
+
+
+def written(result):
+    return dict(line.split("\t") for line in result.stdout.splitlines())
+
+
+def test_decode_writes_pictures_latents_and_arrays(run, archive, tmp_path):
+    key = next(iter(json.loads(run("ls", archive, "--json", "--limit", "1").stdout).values()))
+    command = ("decode", archive, key, "-o", tmp_path / "out")
+    with Image.open(written(run(*command))[key]) as opened:
+        assert opened.size == (32, 24)
+        assert "decoded by dicmh_ray, tier faithful" in opened.info["Comment"]
+    with Image.open(written(run(*command, "--format", "jpg"))[key]) as opened:
+        assert opened.format == "JPEG"
+    array = np.load(written(run(*command, "--format", "npy", "--states", "99"))[key])
+    assert (array.dtype, array.shape) == (np.uint8, (24, 32, 3))
+    latent = np.load(written(run(*command, "--view", "latent"))[key])
+    assert (latent.dtype, latent.shape) == (np.float16, (3, 24, 32))
+
+
+def test_decode_takes_a_filter_and_writes_each_image_once(run, archive, tmp_path):
+    result = run("decode", archive, "--where", "metadata.cls == 1", "-o", tmp_path / "out")
+    assert len(written(result)) == 6
+    result = run("decode", archive, "--where", "True", "-o", tmp_path / "all", "--states", "1")
+    assert len(set(written(result).values())) == 18
+
+
+def test_decode_names_what_it_could_not_write_and_writes_the_rest(run, archive, tmp_path):
+    key = next(iter(json.loads(run("ls", archive, "--json", "--limit", "1").stdout).values()))
+    result = run("decode", archive, "nobody", key, "-o", tmp_path / "out", code=1)
+    assert key in written(result)
+    assert "no row with key 'nobody'" in result.stderr
+    run("decode", archive, key, "--view", "original", code=1)
+    run("decode", archive, code=2)
+
+
+def test_kept_originals_come_back_byte_for_byte(run, tmp_path):
+    data = bmp(picture(1, step=1))
+    tar = write_tar(tmp_path / "x.tar", {"../a b": data})
+    run("compress", tar, tmp_path / "a", "--runtime", "local", "--states", "1")
+    result = run(
+        "decode", tmp_path / "a", "--where", "True", "--view", "original", "-o", tmp_path / "out"
+    )
+    (path,) = written(result).values()
+    with open(path, "rb") as file:
+        assert file.read() == data
+    assert [entry.suffix for entry in (tmp_path / "out").iterdir()] == [".bmp"]
+
+
+def test_file_names_are_safe_unique_and_the_same_every_time():
+    keys = [
+        "a",
+        "A",
+        "a/b",
+        "a_b",
+        "../../etc/passwd",
+        "",
+        ".hidden",
+        "x" * 300,
+        "ä",
+        "a\0b",
+        "con",
+    ]
+    names = [FileNames().claim(key, ".png") for key in keys]
+    assert names == [FileNames().claim(key, ".png") for key in keys]
+    taken = FileNames()
+    together = [taken.claim(key, ".png").lower() for key in keys]
+    assert len(set(together)) == len(keys)
+    for name in together:
+        assert not set(name) & set("/\\\0:")
+        assert not name.startswith(".")
+        assert len(name) < 128
+
+
+def test_an_interrupted_job_says_how_to_go_on(run, tmp_path, monkeypatch):
+    def stop(self, report):
+        self.last = report
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JobDisplay, "__call__", stop)
+    tars = write_tars(tmp_path)
+    result = run("compress", *tars, tmp_path / "a", "--runtime", "local", code=130)
+    assert "the same command goes on" in result.stderr
+    assert "interrupted" in result.stderr
+
+
+def test_errors_of_the_job_keep_their_words():
+    assert str(FailureBudgetError(3, 10, 0.1)) == "3 of 10 images failed, the budget is 0.1"
+
+
+def test_version_names_the_package_and_its_libraries(run):
+    facts = json.loads(run("version", "--json").stdout)
+    assert {"dicmh_ray", "python", "torch", "ray", "default_codec_id"} <= set(facts)
+    assert "pyarrow" in run("version").stdout
+
+
+@pytest.mark.parametrize(
+    "command", ["compress", "info", "verify", "decode", "ls", "train", "version", "bench"]
+)
+def test_every_command_has_help(run, command):
+    assert "Usage: " in run(command, "--help").stdout
+
+
+def test_help_loads_nothing_heavy():
+    script = (
+        "import sys\n"
+        "from dicmh_ray.cli import app\n"
+        "try:\n"
+        "    app(['--help'])\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "heavy = {'torch', 'ray', 'pyarrow', 'numpy', 'PIL', 'fsspec'} & set(sys.modules)\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compress" in done.stdout
