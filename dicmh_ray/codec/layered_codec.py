@@ -30,8 +30,9 @@ from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
 from dicmh_ray.codec.quality import measure
 from dicmh_ray.codec.symbols import (
     ContextTables,
-    Symbols,
     SymbolCoder,
+    Symbols,
+    nested_symbols,
 )
 from dicmh_ray.errors import (
     CodecMismatchError,
@@ -56,6 +57,9 @@ DECODE_MARGIN = 9
 MAX_SYMBOL = 32_767
 """Largest magnitude of a finest symbol: what int16 holds."""
 
+MAX_REMEMBERED = 24_000_000
+"""Symbols of a picture that are kept between ``encode`` and the decodes that choose its states: 16 megapixels."""
+
 
 class _Window(NamedTuple):
     """A stretch of cells on one axis, with and without its margin."""
@@ -79,6 +83,7 @@ class LayeredCodec:
         self._device = torch.device(device)
         self._network = network.eval().to(self._device).to(memory_format=torch.channels_last)
         self._coder = SymbolCoder(tables)
+        self._verified: list[tuple[bytes, Symbols]] = []
         latent = network.latent
         self._unit: npt.NDArray[np.float32] = (
             (latent.y_scale * latent.log_gain.exp()).detach().float().cpu().numpy()
@@ -92,6 +97,7 @@ class LayeredCodec:
         exif_orientations: Sequence[int],
     ) -> list[bytes]:
         streams = []
+        self._verified.clear()
         latents = self._analyse(images)
         for image, latent, image_tags, orientation in zip(
             images, latents, tags, exif_orientations, strict=True
@@ -112,6 +118,8 @@ class LayeredCodec:
             if not np.array_equal(self._decode_symbols(data, None)[1], symbols):
                 raise EncodeError("the stream does not decode to the symbols that were encoded")
             streams.append(data)
+            if symbols.size <= MAX_REMEMBERED:
+                self._verified.append((data, symbols))
         return streams
 
     def decode(
@@ -121,7 +129,7 @@ class LayeredCodec:
             raise ValueError(f"view is {view!r}, this codec offers 'machine'")
         images = []
         for data in bitstreams:
-            header, symbols, count = self._decode_symbols(data, states)
+            header, symbols, count = self._recall(data, states)
             image = self._synthesise(symbols, count - 1)
             image = np.ascontiguousarray(image[: header.height, : header.width])
             if header.is_grey:
@@ -201,6 +209,20 @@ class LayeredCodec:
             lengths = b"".join(len(p).to_bytes(4, "little") for p in payloads[:-1])
             states.append(State(lengths + b"".join(payloads), crc))
         return states
+
+    def _recall(self, data: bytes, states: int | None) -> tuple[Header, Symbols, int]:
+        """As ``_decode_symbols``, but a prefix of a stream that ``encode`` has just verified.
+
+        The caller of ``encode`` decodes prefixes of it to choose the states: their symbols were
+        decoded from these very bytes a moment ago, and coarser ones follow from the finest.
+        """
+        for whole, finest in self._verified:
+            if whole.startswith(data):
+                stream = parse_bitstream(data)
+                count = len(stream.states[:states])
+                levels = nested_symbols(finest, self.num_states)
+                return stream.header, levels[count - 1], count
+        return self._decode_symbols(data, states)
 
     def _decode_symbols(self, data: bytes, states: int | None) -> tuple[Header, Symbols, int]:
         """Header, symbols int16 ``[i, j, C]`` of the last wanted state, and how many states."""

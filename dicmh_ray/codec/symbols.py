@@ -311,8 +311,8 @@ class ContextModel:
                     value = result[:, :, channels]
                     sides = _neighbour_sums(_clipped_magnitude(value))[0].reshape(size, -1)
                     spread_p += np.take(sides, positions, 0) * t.spread_sides[state, channels]
-                    value = np.clip(value, -MAX_VALUE, MAX_VALUE).astype(np.float32)
-                    sides = _neighbour_sums(value)[0].reshape(size, -1)
+                    clipped = np.clip(value, -MAX_VALUE, MAX_VALUE).astype(np.float32)
+                    sides = _neighbour_sums(clipped)[0].reshape(size, -1)
                     offset_p += np.take(sides, positions, 0) * t.offset_sides[state, channels]
                 parent_p = np.take(parent_cells[:, channels], positions, 0)
                 step = self._choose(state, channels, positions, spread_p, offset_p, parent_p)

@@ -72,6 +72,18 @@ def test_a_prefix_is_what_encoding_fewer_states_would_give(codec: LayeredCodec) 
         )
 
 
+def test_decoding_right_after_encoding_gives_what_a_fresh_decoder_gives(
+    codec: LayeredCodec,
+) -> None:
+    data = encode(codec, picture(70, 50))
+    fresh = load_codec(GOLDEN / "checkpoint", device="cpu")
+    for count, end in enumerate(prefix_bytes(data), 1):
+        np.testing.assert_array_equal(codec.decode([data[:end]])[0], fresh.decode([data[:end]])[0])
+        np.testing.assert_array_equal(
+            codec.decode([data], states=count)[0], fresh.decode([data], states=count)[0]
+        )
+
+
 def test_more_states_are_closer_to_the_source(codec: LayeredCodec) -> None:
     image = picture(96, 96)
     data = encode(codec, image)
@@ -151,7 +163,7 @@ def test_a_stream_of_another_checkpoint_is_refused(codec: LayeredCodec) -> None:
     with pytest.raises(BitstreamError):
         codec.decode([bytes(data)])
     other = LayeredCodec.__new__(LayeredCodec)
-    other.__dict__.update(codec.__dict__, codec_id="00" * 32)
+    other.__dict__.update(codec.__dict__, codec_id="00" * 32, _verified=[])
     with pytest.raises(CodecMismatchError):
         other.decode([encode(codec, picture(20, 20))])
 
