@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -144,8 +144,10 @@ class UnitStatistics:
         )
 
     def __add__(self, other: "UnitStatistics") -> "UnitStatistics":
-        mine, its = asdict(self), asdict(other)
-        return UnitStatistics(**{field: mine[field] + its[field] for field in mine})
+        names = [field.name for field in fields(UnitStatistics)]
+        return UnitStatistics(
+            **{name: getattr(self, name) + getattr(other, name) for name in names}
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,7 +275,7 @@ def check_commit(name: str, commit: Commit, plan: Plan | None) -> None:
         raise CorruptObjectError(name, f"holds the commit of unit {commit.unit!r}")
     if plan is None:
         return
-    if commit.unit not in plan.unit_names:
+    if commit.unit not in plan.positions:
         raise CorruptObjectError(name, f"unit {commit.unit!r} is not in the plan")
     if commit.plan_id != plan.plan_id or commit.codec_id != plan.codec_id:
         raise CorruptObjectError(name, f"was made under plan {commit.plan_id[:16]}")
@@ -286,8 +288,8 @@ def read_commits(store: Store, plan: Plan) -> dict[str, Commit]:
         CorruptObjectError: a commit is damaged or does not belong here.
     """
     winners = winning_names(store.list(COMMIT_PREFIX))
-    order = {unit: number for number, unit in enumerate(plan.unit_names)}
-    names = [winners[unit] for unit in sorted(winners, key=lambda u: order.get(u, len(order)))]
+    last = len(plan.positions)
+    names = [winners[unit] for unit in sorted(winners, key=lambda u: plan.positions.get(u, last))]
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         commits = list(pool.map(lambda name: read_commit(store, name, plan), names))
     return dict(zip(names, commits, strict=True))

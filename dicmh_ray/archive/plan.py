@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dicmh_ray.archive.sealed import digest, seal, unseal
@@ -41,12 +42,17 @@ class Plan:
         if _has_storage_options([*self.units, self.parameters]):
             raise ValueError("storage_options may hold credentials: they are not written")
 
-    @property
+    @cached_property
     def unit_names(self) -> tuple[str, ...]:
         """Names of all units, in plan order."""
         return tuple(str(unit["name"]) for unit in self.units)
 
-    @property
+    @cached_property
+    def positions(self) -> Mapping[str, int]:
+        """Place of each unit in plan order, by name."""
+        return {name: number for number, name in enumerate(self.unit_names)}
+
+    @cached_property
     def plan_id(self) -> str:
         """SHA-256 of the canonical plan, 64 hex digits."""
         return digest({**self._body(), "format": PLAN_FORMAT, "version": PLAN_VERSION})

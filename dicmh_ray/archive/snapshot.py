@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -92,12 +93,12 @@ class Snapshot:
         """Checkpoint that wrote the bitstreams."""
         return self.plan.codec_id
 
-    @property
+    @cached_property
     def parts(self) -> tuple[PartFacts, ...]:
         """All parts in row order."""
         return tuple(part for commit in self.commits for part in commit.parts)
 
-    @property
+    @cached_property
     def statistics(self) -> ArchiveStatistics:
         """Sums over all commits; no request."""
         total = sum((commit.statistics for commit in self.commits), start=UnitStatistics())

@@ -211,7 +211,7 @@ class _Check:
     def check_commits(self, plan: Plan | None, manifest: Manifest | None) -> dict[str, Commit]:
         """Every commit object, against the manifest where there is one; by name, in plan order."""
         listed = dict(manifest.commits) if manifest is not None else {}
-        order = {unit: i for i, unit in enumerate(plan.unit_names)} if plan is not None else {}
+        order = plan.positions if plan is not None else {}
         winners = winning_names(n for n in self.names if n.startswith(COMMIT_PREFIX))
         found = dict(listed)
         for name in dict.fromkeys([*listed, *(() if listed else sorted(winners.values()))]):

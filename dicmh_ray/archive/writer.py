@@ -56,7 +56,7 @@ class ArchiveWriter:
 
     def committed_units(self) -> set[str]:
         """Names of the units that are done. One listing."""
-        return set(winning_names(self._store.list(COMMIT_PREFIX))) & set(self.plan.unit_names)
+        return set(winning_names(self._store.list(COMMIT_PREFIX))) & set(self.plan.positions)
 
     def commit_unit(
         self, unit_name: str, rows: Iterable[EncodedImage], *, info: Mapping[str, Any] | None = None
@@ -77,7 +77,7 @@ class ArchiveWriter:
             CommitFailedError: nothing was published.
             CommitUnknownError: the store did not say whether it was.
         """
-        if unit_name not in self.plan.unit_names:
+        if unit_name not in self.plan.positions:
             raise ValueError(f"the plan has no unit {unit_name!r}")
         done = self._find_commit(unit_name)
         if done is not None:
