@@ -13,7 +13,7 @@ Shape suffixes: B images, C channels, i j the grid of y (1/16).
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -98,10 +98,8 @@ class LayeredCodec:
     ) -> list[bytes]:
         streams = []
         self._verified.clear()
-        latents = self._analyse(images)
-        for image, latent, image_tags, orientation in zip(
-            images, latents, tags, exif_orientations, strict=True
-        ):
+        for image, image_tags, orientation in zip(images, tags, exif_orientations, strict=True):
+            symbols = self._analyse(image)
             header = Header(
                 codec_id=self.codec_id,
                 width=image.shape[1],
@@ -113,7 +111,6 @@ class LayeredCodec:
                 ),
                 num_states=self.num_states,
             )
-            symbols = self._round(latent)
             data = write_bitstream(header, image_tags, self._encode_symbols(symbols))
             if not np.array_equal(self._decode_symbols(data, None)[1], symbols):
                 raise EncodeError("the stream does not decode to the symbols that were encoded")
@@ -154,18 +151,12 @@ class LayeredCodec:
     ) -> list[Quality]:
         return measure(originals, decoded)
 
-    def _analyse(
-        self, images: Sequence[npt.NDArray[np.uint8]]
-    ) -> Iterator[npt.NDArray[np.float32]]:
-        """The latent of each image, float32 ``[i, j, C]``."""
-        for image in images:
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
-            yield self._analyse_windows(image)
-
-    def _analyse_windows(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def _analyse(self, image: npt.NDArray[np.uint8]) -> Symbols:
+        """Finest symbols of a picture, int16 ``[i, j, C]``."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
         rows, columns = (-(-side // ALIGNMENT) for side in image.shape[:2])
-        latent = np.empty((rows, columns, self.latent_channels), np.float32)
+        symbols = np.empty((rows, columns, self.latent_channels), np.int16)
         for down in _windows(rows, ENCODE_MARGIN):
             for across in _windows(columns, ENCODE_MARGIN):
                 region = image[
@@ -175,24 +166,24 @@ class LayeredCodec:
                 height = ALIGNMENT * (down.outer_stop - down.outer_start)
                 width = ALIGNMENT * (across.outer_stop - across.outer_start)
                 padding = ((0, height - region.shape[0]), (0, width - region.shape[1]), (0, 0))
-                padded = np.pad(region, padding, "edge")
-                y = self._run(
-                    lambda x: self._network.encode(x.permute(0, 3, 1, 2).float()).permute(
-                        0, 2, 3, 1
-                    ),
-                    padded[None],
-                )
-                latent[down.start : down.stop, across.start : across.stop] = y[0][
-                    down.start - down.outer_start : down.stop - down.outer_start,
-                    across.start - across.outer_start : across.stop - across.outer_start,
+                latent = self._run(
+                    lambda x: self._network.encode(x.permute(0, 3, 1, 2).float()),
+                    np.pad(region, padding, "edge")[None],
+                )[0]
+                top, left = down.start - down.outer_start, across.start - across.outer_start
+                inner = latent[
+                    :,
+                    top : top + down.stop - down.start,
+                    left : left + across.stop - across.start,
                 ]
-        return latent
+                symbols[down.start : down.stop, across.start : across.stop] = self._round(inner)
+        return symbols
 
-    def _round(self, latent: npt.NDArray[np.float32]) -> Symbols:
-        """Finest symbols. A latent that is not finite must not reach the coder."""
-        if not np.isfinite(latent).all():
+    def _round(self, latent_Cij: npt.NDArray[Any]) -> Symbols:
+        """Finest symbols, int16 ``[i, j, C]``. What is not finite must not reach the coder."""
+        if not np.isfinite(latent_Cij).all():
             raise EncodeError("the latent is not finite")
-        scaled = latent / np.float32(self._steps[-1])
+        scaled = np.moveaxis(latent_Cij, 0, 2) / np.float32(self._steps[-1])
         return np.clip(np.rint(scaled), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
 
     def _encode_symbols(self, symbols: Symbols) -> list[State]:
@@ -282,12 +273,12 @@ class LayeredCodec:
         return image
 
     def _run(
-        self, function: Callable[[Tensor], Tensor], array: npt.NDArray[np.generic]
-    ) -> npt.NDArray[np.generic]:
+        self, function: Callable[[Tensor], Tensor], array: npt.NDArray[Any]
+    ) -> npt.NDArray[Any]:
         """Run a network on an array, in float32 whatever autocast the caller is under."""
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-            result: npt.NDArray[np.generic] = function(tensor).cpu().numpy()
+            result: npt.NDArray[Any] = function(tensor).cpu().numpy()
         return result
 
 
