@@ -48,6 +48,9 @@ DAMAGED_SOURCE = "damaged-source"
 BELOW_FLOOR = "below-floor"
 LARGER_THAN_SOURCE = "larger-than-source"
 
+MAX_REASON_CHARS = 500
+"""Of ``error``: some libraries put whole tensors into their messages."""
+
 FAILURE_CAUSES = frozenset({UNREADABLE, ENCODE_FAILED, CRASH, DAMAGED_SOURCE})
 """Causes that count against a job's failure budget, whether the original bytes were kept or not.
 The other causes are decisions of the policy, not failures."""
@@ -124,11 +127,12 @@ class EncodeOptions:
     """CPU threads of torch in each process; None leaves the choice to torch (on Ray: 1 on a CPU)."""
 
     batch_pixels: int | None = None
-    """Pixels in one codec call; None means 2**20 on a CPU and 2**24 on a GPU. One picture above
-    it makes a batch of its own."""
+    """Pixels in one codec call; None means 2**20, for Ray workers on a GPU 2**24. One picture
+    above it makes a batch of its own."""
 
     load_threads: int | None = None
-    """Threads that decode source files ahead of the codec; None means 0 on a CPU, 4 on a GPU."""
+    """Threads that decode source files ahead of the codec; None means 0, for Ray workers on a GPU
+    4."""
 
     max_image_pixels: int = 268_435_456
     """Larger pictures are refused before they are decoded: they keep their original bytes."""
@@ -282,7 +286,7 @@ def _encode_group(
     except Exception as exc:  # noqa: BLE001  whatever it is, one image has it: find it, record it
         if len(group) == 1:
             _log.warning("encoding %r failed: %r", group[0].key, exc)
-            reason = f"{ENCODE_FAILED}: {type(exc).__name__}: {exc}"
+            reason = f"{ENCODE_FAILED}: {type(exc).__name__}: {exc}"[:MAX_REASON_CHARS]
             return [_row_without_stream(group[0], policy, reason)]
     middle = len(group) // 2
     return [

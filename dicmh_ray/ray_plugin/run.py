@@ -6,9 +6,10 @@
          └── once more ──┤                            UnitResult <────┘  (small)
                          └ twice: suspect ──> isolate the image in throw-away actors, at the end
 
-``max_task_retries=0``: Ray would repeat a unit that kills its worker for ever. ``max_restarts=-1``:
-a killed actor comes back and loads its codec again. An error can be reported although the commit
-was published; running the unit again is harmless, see :mod:`dicmh_ray.pipeline`.
+``max_task_retries=0``: Ray would repeat a unit that kills its worker for ever. ``max_restarts=0``: a
+dead actor is replaced, not restarted, because calls that reach a restarting one fail as if they had
+killed it, and would be blamed. An error can be reported although the commit was published; running
+the unit again is harmless, see :mod:`dicmh_ray.pipeline`.
 """
 
 import dataclasses
@@ -26,7 +27,6 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray.exceptions import (
-    GetTimeoutError,
     OutOfMemoryError,
     RayActorError,
     RayTaskError,
@@ -124,12 +124,12 @@ class _Resources:
         )
         return dataclasses.replace(job, encode_options=encode_options)
 
-    def start(self, job_ref: Any, *, max_restarts: int) -> Any:
+    def start(self, job_ref: Any) -> Any:
         """One more actor; Ray starts its process when there is room for it."""
         remote = ray.remote(UnitWorker).options(
             num_cpus=self.num_cpus,
             num_gpus=self.num_gpus,
-            max_restarts=max_restarts,
+            max_restarts=0,
             max_task_retries=0,
         )
         return remote.remote(job_ref)
@@ -149,8 +149,8 @@ class _Pool:
     def __init__(
         self, job_ref: Any, resources: _Resources, num_workers: int, monitor: JobMonitor
     ) -> None:
-        self._monitor = monitor
-        self._slots = [_Slot(resources.start(job_ref, max_restarts=-1)) for _ in range(num_workers)]
+        self._job_ref, self._resources, self._monitor = job_ref, resources, monitor
+        self._slots = [_Slot(resources.start(job_ref)) for _ in range(num_workers)]
         self._pending: deque[Unit] = deque()
         self._crashes: Counter[str] = Counter()
         self._suspects: list[Unit] = []
@@ -196,14 +196,14 @@ class _Pool:
             self._monitor.done(unit, result)
 
     def _bury(self, slot: _Slot) -> None:
-        """Settle the calls of an actor that died: the oldest unfinished one was running."""
+        """Replace an actor that died, and settle its calls: the oldest unfinished one was running."""
+        ray.kill(slot.actor)  # it may only be out of reach; its calls must end either way
         calls, slot.calls = slot.calls, []
+        slot.actor = self._resources.start(self._job_ref)
         is_culprit_known = False
         for ref, unit in calls:
             try:
-                result = ray.get(ref, timeout=10)
-            except GetTimeoutError:  # Ray had not sent it yet: the restarted actor runs it
-                slot.calls.append((ref, unit))
+                result = ray.get(ref)
             except WORKER_DIED:
                 if is_culprit_known:
                     self._pending.appendleft(unit)
@@ -321,7 +321,7 @@ class _Isolation:
 
     def _living(self) -> Any:
         if self._actor is None:
-            self._actor = self._resources.start(self._job_ref, max_restarts=0)
+            self._actor = self._resources.start(self._job_ref)
         return self._actor
 
 
