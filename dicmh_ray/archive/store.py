@@ -27,7 +27,13 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dicmh_ray.errors import CommitFailedError, CommitUnknownError, CorruptObjectError, DicmhError
+from dicmh_ray.errors import (
+    CommitFailedError,
+    CommitUnknownError,
+    CorruptObjectError,
+    DicmhError,
+    MissingExtraError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -280,9 +286,18 @@ def open_store(
         storage_options: passed to the fsspec file system; they are kept in memory and in pickles
             of the store, and written nowhere.
         conditional: what :func:`probe` said about this store.
+
+    Raises:
+        MissingExtraError: the address is on S3 and s3fs is not installed.
     """
     # Only the scheme decides: building the file system twice would open two sessions.
-    kind = fsspec.get_filesystem_class(uri.split("://", 1)[0] if "://" in uri else "file")
+    scheme = uri.split("://", 1)[0] if "://" in uri else "file"
+    try:
+        kind = fsspec.get_filesystem_class(scheme)
+    except ImportError as exc:
+        if scheme in ("s3", "s3a"):
+            raise MissingExtraError("s3fs", "s3") from exc
+        raise
     if issubclass(kind, LocalFileSystem):
         return LocalStore(uri, storage_options, conditional=conditional)
     if issubclass(kind, MemoryFileSystem):

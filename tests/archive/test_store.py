@@ -14,7 +14,12 @@ from dicmh_ray.archive.store import (
     probe,
     public_uri,
 )
-from dicmh_ray.errors import CommitFailedError, CommitUnknownError, CorruptObjectError
+from dicmh_ray.errors import (
+    CommitFailedError,
+    CommitUnknownError,
+    CorruptObjectError,
+    MissingExtraError,
+)
 from tests.archive.conftest import KEY, SECRET
 
 
@@ -217,3 +222,12 @@ def test_credentials_in_an_address_are_not_shown():
     assert public_uri("s3://key:secret@bucket/a?token=1") == "s3://bucket/a"
     assert public_uri("/data/archive") == "/data/archive"
     assert check_name("codec/ab/x.safetensors") == "codec/ab/x.safetensors"
+
+
+def test_a_missing_client_library_says_how_to_get_it(monkeypatch):
+    def missing(scheme):
+        raise ImportError(scheme)
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    with pytest.raises(MissingExtraError, match=r"dicmh_ray\[s3\]"):
+        open_store("s3://bucket/archive")
