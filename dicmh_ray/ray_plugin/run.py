@@ -82,16 +82,39 @@ def _cluster(options: RayOptions) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = options.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        ray.init(address="local", num_cpus=options.local_cpus, include_dashboard=False, **quiet)
+        start_local_ray(options.local_cpus)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def start_local_ray(num_cpus: int | None = None) -> None:
+    """Start a Ray of this machine alone; ``ray.shutdown`` stops it.
+
+    Ray gives its own processes 30 s to appear. A machine that is busy, as those that compress are,
+    can need longer; another attempt then finds its files in memory.
+    """
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except Exception as exc:  # the class that Ray raises here
+            ray.shutdown()
+            if attempts_left == 0 or "timed out during startup" not in str(exc):
+                raise
+            _log.warning("Ray did not start in time, trying again")
+        else:
+            return
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

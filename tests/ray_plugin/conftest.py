@@ -13,15 +13,16 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 ray = pytest.importorskip("ray")
 
+from dicmh_ray.ray_plugin.run import start_local_ray
+
 
 @pytest.fixture(scope="session")
 def cluster():
     """The address of a running Ray that this process is connected to."""
     address = os.environ.get("RAY_TEST_ADDRESS")
-    options = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address:
-        ray.init(address=address, **options)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, **options)
+        start_local_ray(2)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
