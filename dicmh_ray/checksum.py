@@ -1,4 +1,8 @@
-"""CRC-32C (Castagnoli, reflected polynomial 0x82F63B78) in numpy: over 100 MB/s on one core."""
+"""CRC-32C (Castagnoli, reflected polynomial 0x82F63B78).
+
+From the google-crc32c library where it is installed, as it is with this package; from numpy alone,
+over 100 MB/s on one core for long inputs, where this module is used without it.
+"""
 
 import struct
 from functools import cache
@@ -6,13 +10,25 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+try:
+    from google_crc32c import extend as _extend
+except ImportError:
+    _extend = None
+
 _U32 = struct.Struct("<I")
 _LOOP_BYTES = 2048
 _BLOCK_BYTES = 2**18
 
 
 def crc32c(data: bytes, value: int = 0) -> int:
-    """CRC-32C of ``data``; ``value`` continues an earlier one, as in :func:`zlib.crc32`.
+    """CRC-32C of ``data``; ``value`` continues an earlier one, as in :func:`zlib.crc32`."""
+    if _extend is None:
+        return crc32c_numpy(data, value)
+    return int(_extend(value, data))
+
+
+def crc32c_numpy(data: bytes, value: int = 0) -> int:
+    """The same without the library.
 
     Short inputs go through one table byte by byte. Long ones are summed as a tree: a CRC is linear
     over GF(2), so neighbouring words, then pairs, then fours are joined by the constant operator

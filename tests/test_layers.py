@@ -17,7 +17,7 @@ FLOOR = {"bitstream", "checksum", "errors", "tags"}
 LOW = FLOOR | {"archive", "reader", "source"}
 MAY_IMPORT = {
     "errors": set(),
-    "checksum": {"numpy"},
+    "checksum": {"google_crc32c", "numpy"},
     "tags": {"errors"},
     "bitstream": FLOOR | {"numpy"},
     "source": FLOOR | {"PIL", "fsspec", "numpy", "pyarrow"},

@@ -1,0 +1,100 @@
+"""The training recipe end to end, in seconds: pack, train, resume, export, encode."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dicmh_ray.codec import load_codec
+from dicmh_ray.codec.training import PackedPhotographs, TrainOptions, train
+from dicmh_ray.errors import WeightsError
+from dicmh_ray.recipe import PRESETS, pack_photographs, train_checkpoint
+
+TINY = PRESETS["tiny"]
+QUICK = dataclasses.replace(TINY.options, steps=4, batch=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pictures with structure, one too small, one that is no picture."""
+    folder = tmp_path_factory.mktemp("photographs")
+    y, x = np.mgrid[:288, :260]
+    for n in range(6):
+        waves = np.stack([np.sin(x / (5 + n)), np.cos(y / (7 + n)), np.sin((x + y) / 11)], -1)
+        Image.fromarray((127 + 90 * waves).astype(np.uint8)).save(folder / f"{n}.png")
+    Image.new("RGB", (40, 400)).save(folder / "small.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedPhotographs:
+    return pack_photographs([str(folder)], tmp_path_factory.mktemp("pack"))
+
+
+def test_a_pack_holds_the_pictures_that_can_be_trained_on(
+    photographs: PackedPhotographs, folder: Path
+) -> None:
+    assert len(photographs.entries) == 6
+    np.testing.assert_array_equal(photographs.picture(2), np.asarray(Image.open(folder / "2.png")))
+
+
+def test_crops_are_the_same_for_the_same_seed(photographs: PackedPhotographs) -> None:
+    crops = [photographs.crops(5, 96, np.random.default_rng(3)) for _ in range(2)]
+    assert crops[0].shape == (5, 3, 96, 96)
+    assert torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], photographs.crops(5, 96, np.random.default_rng(4)))
+
+
+def test_a_stopped_run_goes_on_where_it_was_saved(
+    photographs: PackedPhotographs, tmp_path: Path
+) -> None:
+    first = train(photographs, tmp_path, options=QUICK, network=TINY.network)
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    assert progress["step"] == 4
+    again = train(photographs, tmp_path, options=QUICK, network=TINY.network)
+    for (name, a), b in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    longer = dataclasses.replace(QUICK, steps=7)
+    changed = train(photographs, tmp_path, options=longer, network=TINY.network)
+    assert json.loads((tmp_path / "progress.json").read_text())["step"] == 7
+    assert not torch.equal(first.autoencoder.analysis.weight, changed.autoencoder.analysis.weight)
+
+
+def test_a_run_of_another_shape_is_refused(photographs: PackedPhotographs, tmp_path: Path) -> None:
+    train(photographs, tmp_path, options=QUICK, network=TINY.network)
+    other = dataclasses.replace(TINY.network, hidden=24)
+    with pytest.raises(WeightsError, match="another network shape"):
+        train(photographs, tmp_path, options=QUICK, network=other)
+
+
+def test_training_lowers_the_loss_and_its_checkpoint_codes_pictures(
+    folder: Path, tmp_path: Path
+) -> None:
+    reports = []
+    checkpoint = train_checkpoint(
+        [str(folder)],
+        tmp_path,
+        preset="tiny",
+        options=TrainOptions(steps=150, batch=4, crop=64, learning_rate=2e-3),
+        device="cpu",
+        report_step=reports.append,
+    )
+    lambdas = TrainOptions().lambdas(3)
+
+    def loss(report: dict) -> float:
+        errors = [255**2 / 10 ** (psnr / 10) for psnr in report["psnr"]]
+        terms = zip(report["bpp"], lambdas, errors, strict=True)
+        return sum(bpp + weight * error for bpp, weight, error in terms)
+
+    assert [report["step"] for report in reports] == [50, 100, 150]
+    assert loss(reports[-1]) < loss(reports[0])
+    codec = load_codec(tmp_path / "checkpoint", device="cpu")
+    assert codec.codec_id == checkpoint.codec_id
+    image = np.asarray(Image.open(folder / "0.png"))
+    data = codec.encode([image], tags=[()], exif_orientations=[1])[0]
+    assert codec.measure([image], codec.decode([data]))[0].psnr > 22
