@@ -14,7 +14,7 @@ import torch
 from dicmh_ray.codec.checkpoint import FORMAT, Checkpoint, read_checkpoint
 from dicmh_ray.codec.fitting import fit_tables
 from dicmh_ray.codec.network import CodecNetwork
-from dicmh_ray.codec.symbols import ContextTables
+from dicmh_ray.codec.symbols import ContextTables, round_latent
 from dicmh_ray.codec.training import PackedPhotographs
 
 CODER = "layered/1"
@@ -48,8 +48,8 @@ def training_symbols(
     with torch.inference_mode():
         while len(tiles) < crops:
             y = network.encode(photographs.crops(8, size, rng).float())
-            symbols = (y / network.config.steps[-1]).round().to(torch.int16)
-            tiles.extend(np.ascontiguousarray(symbols.permute(0, 2, 3, 1).numpy()))
+            latents = np.ascontiguousarray(y.permute(0, 2, 3, 1).numpy())
+            tiles.extend(round_latent(latents, network.config.steps[-1]))
     return tiles[:crops]
 
 

@@ -33,6 +33,7 @@ from dicmh_ray.codec.symbols import (
     SymbolCoder,
     Symbols,
     nested_symbols,
+    round_latent,
 )
 from dicmh_ray.errors import (
     CodecMismatchError,
@@ -53,9 +54,6 @@ ENCODE_MARGIN = 6
 
 DECODE_MARGIN = 9
 """Cells of y around a window that its pixels depend on."""
-
-MAX_SYMBOL = 32_767
-"""Largest magnitude of a finest symbol: what int16 holds."""
 
 MAX_REMEMBERED = 24_000_000
 """Symbols of a picture that are kept between ``encode`` and the decodes that choose its states: 16 megapixels."""
@@ -176,15 +174,10 @@ class LayeredCodec:
                     top : top + down.stop - down.start,
                     left : left + across.stop - across.start,
                 ]
-                symbols[down.start : down.stop, across.start : across.stop] = self._round(inner)
+                symbols[down.start : down.stop, across.start : across.stop] = round_latent(
+                    np.moveaxis(inner, 0, 2), self._steps[-1]
+                )
         return symbols
-
-    def _round(self, latent_Cij: npt.NDArray[Any]) -> Symbols:
-        """Finest symbols, int16 ``[i, j, C]``. What is not finite must not reach the coder."""
-        if not np.isfinite(latent_Cij).all():
-            raise EncodeError("the latent is not finite")
-        scaled = np.moveaxis(latent_Cij, 0, 2) / np.float32(self._steps[-1])
-        return np.clip(np.rint(scaled), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
 
     def _encode_symbols(self, symbols: Symbols) -> list[State]:
         tiles = [
