@@ -2,8 +2,9 @@
 
 ``config.json`` (parts, widths, state schedule), ``weights.safetensors`` (the networks) and
 ``tables.safetensors`` (integer context weights and CDF tables). Its identity, the ``codec_id``,
-is a SHA-256 over the names and contents of these files. Any further file in the directory
-(model card, format specification, reference decoder) travels with it without changing its identity.
+is a SHA-256 over the names and contents of these files. Any further file in the directory (licences,
+attributions) travels with it without changing its identity; so do the specification of the formats
+and a reference decoder, which every archive gets.
 
 Reading a checkpoint needs no torch: archives bundle and verify it without being able to decode.
 """
@@ -24,6 +25,9 @@ IDENTITY_FILES = ("config.json", "tables.safetensors", "weights.safetensors")
 
 FORMAT = "dicmh-checkpoint/1"
 
+COMPANIONS = ("formats/bitstream.v1.md", "formats/layered-payload.v1.md", "reference_decoder.py")
+"""What else a reader needs in fifty years; lies beside this module."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
@@ -39,7 +43,7 @@ class Checkpoint:
     """The parsed ``config.json``."""
 
     files: dict[str, bytes]
-    """Relative name -> content of every file: what an archive bundles."""
+    """Relative name -> content of every file and companion: what an archive bundles."""
 
 
 def checkpoint_directory(checkpoint: str | Path) -> Path:
@@ -63,6 +67,8 @@ def read_checkpoint(checkpoint: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+    for name in COMPANIONS:
+        files.setdefault(name, (Path(__file__).parent / name).read_bytes())
     missing = [name for name in IDENTITY_FILES if name not in files]
     if missing:
         raise WeightsError(str(checkpoint), f"{', '.join(missing)} missing in {directory}")

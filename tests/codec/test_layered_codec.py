@@ -218,6 +218,14 @@ def test_a_checkpoint_is_what_its_files_are(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path).codec_id != original.codec_id
 
 
+def test_a_checkpoint_carries_the_formats_and_a_reference_decoder() -> None:
+    schemas = Path(__file__).parents[2] / "schemas"
+    files = read_checkpoint(GOLDEN / "checkpoint").files
+    for name in ("bitstream.v1.md", "layered-payload.v1.md"):
+        assert files[f"formats/{name}"] == (schemas / name).read_bytes(), name
+    assert b"def decode_symbols(" in files["reference_decoder.py"]
+
+
 @pytest.mark.parametrize("name", ["config.json", "weights.safetensors", "tables.safetensors"])
 def test_an_incomplete_or_damaged_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
     for file in (GOLDEN / "checkpoint").iterdir():
