@@ -1,8 +1,9 @@
 """Flip a bit in every byte of an archive; verify must name it: ``python jobs/check_damage.py``.
 
-A small archive is made of one row of each status, one of them with a stream of the golden set. Then, object by object and byte by byte, one bit is flipped, the archive is
-verified, and the byte restored. Each flip must be found, in the object it was made in; a flip in a
-blob must be pinned to its row. Then every object is cut at many lengths, and removed.
+A small archive is made of one row of each status, one of them with a stream of the golden set.
+Then, object by object and byte by byte, one bit is flipped, the archive is verified, and the byte
+restored. Each flip must be found in the object it was made in; a flip in a blob must be pinned to
+its row. Then every object is cut at many lengths, and removed.
 """
 
 import argparse
