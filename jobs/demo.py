@@ -40,7 +40,6 @@ PHOTOGRAPHS: Final = {
     "motorcycle-right": (SKIMAGE, "motorcycle_right.png", ["motorcycle", "indoor"]),
     "rocket": (SKIMAGE, "rocket.jpg", ["rocket", "night"]),
     "hubble": (SKIMAGE, "hubble_deep_field.jpg", ["sky", "science"]),
-    "retina": (SKIMAGE, "retina.jpg", ["eye", "science"]),
     "tissue": (SKIMAGE, "ihc.png", ["science"]),
     "camera": (SKIMAGE, "camera.png", ["person", "grey"]),
     "coins": (SKIMAGE, "coins.png", ["coin", "grey"]),
@@ -125,8 +124,9 @@ def awkward_kinds() -> Iterator[Item]:
     by_name = dict(pictures())
     camera, cat = by_name["camera"], by_name["chelsea"]
     deep = Image.fromarray(np.asarray(camera, np.uint16) * 257)
-    clear = Image.open(io.BytesIO(package_bytes(SKIMAGE, "logo.png")))
-    yield item_of("logo", clear, "png", ["logo"], "with transparency")
+    clear = cat.convert("RGBA")
+    clear.putalpha(Image.radial_gradient("L").resize(cat.size))
+    yield item_of("cat-vignette", clear, "png", ["cat"], "with transparency")
     yield item_of("camera-16bit", deep, "png", ["person", "grey"], "16 bits")
     yield item_of("coffee-cmyk", by_name["coffee"].convert("CMYK"), "jpg", ["cup"], "CMYK")
     exif = Image.Exif()

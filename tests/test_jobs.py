@@ -1,0 +1,68 @@
+"""What an operator runs, in small: the jobs' own verdicts are the tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dicmh_ray import SourceOptions, load_pixels
+from dicmh_ray.errors import SourceImageError, UnreadableImageError
+from dicmh_ray.source import plan_units, read_unit
+from jobs import demo
+
+JOBS = Path(demo.__file__).parent
+
+
+def run_job(name: str, *arguments: str) -> str:
+    """Output of a job that must end well."""
+    result = subprocess.run(
+        [sys.executable, JOBS / name, *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_a_thousand_mutated_streams_end_in_documented_errors() -> None:
+    output = run_job("fuzz_streams.py", "--cases", "600", "--stride", "50", "--seed", "2")
+    assert "0 faults, no crash, no hang" in output
+    assert int(output.rsplit(" cases", 1)[0].rsplit("\n", 1)[1]) > 1000
+
+
+def test_flipped_and_cut_objects_are_named() -> None:
+    assert "0 cases not found or not named" in run_job("check_damage.py", "--stride", "499")
+
+
+def test_the_demo_collection_comes_back_whole(tmp_path: Path) -> None:
+    items = [*demo.photographs(), *demo.crops(), *demo.awkward_kinds()]
+    sources = demo.write_collection(items, tmp_path / "collection")
+    options = SourceOptions(tag_fields=("tags",))
+    units = plan_units([str(source) for source in sources], options=options)
+    images = [image for unit in units for image in read_unit(unit, options=options)]
+    assert len({image.key for image in images}) == len(images)
+    found = {image.metadata["name"]: (image.data, image.tags) for image in images}
+    assert found == {item.name: (item.data, item.tags) for item in items}
+
+
+def test_the_demo_collection_has_every_awkward_kind() -> None:
+    reasons = {}
+    for item in demo.awkward_kinds():
+        try:
+            reasons[item.name] = str(load_pixels(item.data).exif_orientation)
+        except UnreadableImageError:
+            reasons[item.name] = "unreadable"
+        except SourceImageError as exc:
+            reasons[item.name] = exc.reason
+    assert reasons == {
+        "cat-vignette": "alpha",
+        "camera-16bit": "16-bit",
+        "coffee-cmyk": "cmyk",
+        "cat-turned": "6",
+        "pixel": "1",
+        "cat-broken": "unreadable",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in JOBS.glob("*.py")))
+def test_a_job_says_how_it_is_run(name: str) -> None:
+    assert f"python jobs/{name}" in (JOBS / name).read_text().partition('"""\n\n')[0]
