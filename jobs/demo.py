@@ -207,7 +207,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def job_table(report: JobReport, exit_code: int) -> Table:
+def job_table(report: JobReport, archive: Path, exit_code: int) -> Table:
     """What went in, what came out."""
     tally = report.tally
     table = Table(title="Compressed on Ray", title_justify="left", show_header=False)
@@ -222,6 +222,8 @@ def job_table(report: JobReport, exit_code: int) -> Table:
         f"{tally.bytes_out:,} (1 : {tally.bytes_in / tally.bytes_out:.2f}, all columns)",
     )
     table.add_row("of it streams", f"{tally.stream_bytes:,}")
+    checkpoint = sum(path.stat().st_size for path in archive.glob("codec/*/*"))
+    table.add_row("checkpoint, once", f"{checkpoint:,}, carried by every archive")
     table.add_row("mean rate of streams", f"{report.mean_bpp or 0:.3f} bpp")
     table.add_row("mean PSNR of streams", f"{report.mean_psnr or 0:.2f} dB")
     table.add_row("seconds", f"{report.seconds:.1f} with the start of {report.workers} workers")

@@ -43,8 +43,7 @@ MEMORY_BYTES = 256 * 2**20
 """What decoding may add to the child's address space: the streams declare at most 4 megapixels."""
 
 MAX_FORGED_PX = 2**22
-"""Forged sizes above are left as they are damaged: their cost is bounded by the area they declare,
-which ``--largest`` measures apart."""
+"""Forged sizes above are reduced: a picture costs what its size says, which is no fault."""
 
 FIXED_BYTES = 21
 WIDTH_AT, TAGS_LENGTH_AT = 14, 19
