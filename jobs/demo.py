@@ -85,7 +85,7 @@ def main() -> None:
         console.print(f"[red]{problem}[/]")
     originals = {item.name: item.data for item in items}
     console.print(
-        job_table(report, verified.exit_code),
+        job_table(report, OUTPUT / "archive", verified.exit_code),
         kinds_table(archive),
         states_table(archive, originals),
     )
