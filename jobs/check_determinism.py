@@ -154,6 +154,16 @@ def float_latents(codec: LayeredCodec, images: list[Array], is_single: bool) -> 
     return digests
 
 
+def encode(codec: LayeredCodec, images: list[Array], is_single: bool) -> list[bytes]:
+    """All in one call, or one by one."""
+    groups = [[image] for image in images] if is_single else [images]
+    return [
+        data
+        for group in groups
+        for data in codec.encode(group, tags=[()] * len(group), exif_orientations=[1] * len(group))
+    ]
+
+
 def decode_streams(options: Options, folder: Path) -> None:
     """A child: every stream under every setting; prints a digest of the latents of each."""
     digests: dict[str, dict[str, str]] = {}
