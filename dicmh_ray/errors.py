@@ -259,7 +259,9 @@ class CorruptRowError(ArchiveError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.part} row group {self.row_group} row {self.row} ({self.key!r}): {self.reason}"
+        return (
+            f"{self.part} row group {self.row_group} row {self.row} ({self.key!r}): {self.reason}"
+        )
 
 
 class RowNotFoundError(ArchiveError, KeyError):
