@@ -113,6 +113,7 @@ def train_checkpoint(
     preset: str = "default",
     options: TrainOptions | None = None,
     device: str = "auto",
+    start_from: str | Path | None = None,
     report: Callable[[str], None] | None = None,
     report_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> Checkpoint:
@@ -124,6 +125,7 @@ def train_checkpoint(
         preset: a name in :data:`PRESETS`.
         options: replaces the preset's schedule.
         device: a torch device, or ``"auto"``.
+        start_from: a checkpoint that a new run improves instead of beginning at the DCT.
         report: called with lines of text as stages end.
         report_step: called every 50 steps with step, bpp and PSNR of each state.
 
@@ -140,6 +142,7 @@ def train_checkpoint(
         options=schedule,
         network=chosen.network,
         device=device,
+        start_from=start_from,
         report=report_step,
     )
     return export(

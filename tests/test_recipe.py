@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dicmh_ray.codec import load_codec
 from dicmh_ray.codec.training import PackedPhotographs, TrainOptions, train
@@ -63,6 +64,20 @@ def test_a_stopped_run_goes_on_where_it_was_saved(
     changed = train(photographs, tmp_path, options=longer, network=TINY.network)
     assert json.loads((tmp_path / "progress.json").read_text())["step"] == 7
     assert not torch.equal(first.autoencoder.analysis.weight, changed.autoencoder.analysis.weight)
+
+
+def test_a_run_can_begin_with_the_weights_of_a_checkpoint(
+    photographs: PackedPhotographs, tmp_path: Path
+) -> None:
+    checkpoint = Path(__file__).parent / "golden" / "checkpoint"
+    given = load_file(checkpoint / "weights.safetensors")
+    found = train(photographs, tmp_path, options=QUICK, network=TINY.network, start_from=checkpoint)
+    # Only the rate model trains at first, so the weights are still the checkpoint's.
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, given[name].float()), name
+    wider = dataclasses.replace(TINY.network, hidden=24)
+    with pytest.raises(WeightsError, match="another network shape"):
+        train(photographs, tmp_path / "w", options=QUICK, network=wider, start_from=checkpoint)
 
 
 def test_a_run_of_another_shape_is_refused(photographs: PackedPhotographs, tmp_path: Path) -> None:

@@ -318,6 +318,10 @@ def train(
     preset: Annotated[str, typer.Option(help="`default`, or `tiny` for a trial.")] = "default",
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End the schedule by then.")] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", help="Improve a checkpoint: `default` or a directory."),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a checkpoint on photographs and export it to OUTPUT/checkpoint.
@@ -325,10 +329,19 @@ def train(
     Example:
 
         dicmh train photos/ -o run/ --minutes 90
+        dicmh train photos/ -o better/ --from default --minutes 90
     """
     from dicmh_ray.cli.training import run_train
 
-    run_train(sources, output, preset=preset, steps=steps, minutes=minutes, device=device)
+    run_train(
+        sources,
+        output,
+        preset=preset,
+        steps=steps,
+        minutes=minutes,
+        device=device,
+        start_from=start_from,
+    )
 
 
 @bench_app.callback()

@@ -19,6 +19,7 @@ def run_train(
     steps: int | None,
     minutes: float | None,
     device: str,
+    start_from: str | None,
 ) -> None:
     """Train and export; lines of progress go to standard error."""
     if preset not in PRESETS:
@@ -32,6 +33,7 @@ def run_train(
             preset=preset,
             options=dataclasses.replace(PRESETS[preset].options, **changes),
             device=device,
+            start_from=start_from,
             report=tell,
             report_step=lambda facts: tell(_step_line(facts)),
         )

@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dicmh_ray.codec.checkpoint import read_checkpoint
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.rate import ContextRate
 from dicmh_ray.errors import WeightsError
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.safetensors"
 PROGRESS_FILE = "progress.json"
 LOG_FILE = "log.jsonl"
+
+WARM_START_STEPS = 300
+"""Steps in which a run that starts from a checkpoint trains its rate model alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +132,7 @@ def train(
     options: TrainOptions,
     network: NetworkConfig,
     device: str = "cpu",
+    start_from: str | Path | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
 ) -> CodecNetwork:
     """Train, or go on training, the run in ``folder``.
@@ -137,19 +143,24 @@ def train(
         options: the schedule. May differ from the run's earlier part.
         network: shape of a new run; a run that goes on must have the same.
         device: a torch device, or ``"auto"`` for CUDA where there is one.
+        start_from: a checkpoint whose weights a new run begins with, instead of the DCT; a run
+            that goes on ignores it. The rate model, which no checkpoint holds, is fitted alone
+            for the first steps.
         report: called about every 50 steps with step, seconds, and bpp and PSNR of each state.
 
     Returns:
         The network with averaged weights, in evaluation mode.
 
     Raises:
-        WeightsError: ``folder`` holds a run of another shape.
+        WeightsError: ``folder`` holds a run of another shape, or ``start_from`` has one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = _Trainer(photographs, folder, options, network, device)
+    if start_from is not None and trainer.step == 0:
+        trainer.start_from(start_from)
     trainer.run(report)
     return trainer.averaged().eval()
 
@@ -168,6 +179,7 @@ class _Trainer:
         self.network = CodecNetwork(config)
         self.rate = ContextRate(config.y_channels, config.num_states)
         self.step = 0
+        self.frozen_steps = 0
         self.loss_size = torch.ones(config.num_states)
         progress = folder / PROGRESS_FILE
         self.network.to(self.device).to(memory_format=torch.channels_last)
@@ -188,6 +200,16 @@ class _Trainer:
         if progress.exists():
             self._load(json.loads(progress.read_text()))
 
+    def start_from(self, checkpoint: str | Path) -> None:
+        """Begin with the weights of a checkpoint, and give the rate model time to fit them."""
+        found = read_checkpoint(checkpoint)
+        if found.config["network"] != self.config.to_dict():
+            raise WeightsError(str(checkpoint), "the checkpoint has another network shape")
+        weights = safetensors.torch.load(found.files["weights.safetensors"])
+        self.network.load_state_dict({name: value.float() for name, value in weights.items()})
+        self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.frozen_steps = WARM_START_STEPS
+
     def run(self, report: Callable[[dict[str, Any]], None] | None) -> None:
         options, config = self.options, self.config
         lambdas = torch.tensor(options.lambdas(config.num_states), device=self.device)
@@ -205,6 +227,8 @@ class _Trainer:
             learning_rate = _schedule(done, self.step) * options.learning_rate
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate * group["factor"]
+            if self.step < self.frozen_steps:
+                self.optimiser.param_groups[0]["lr"] = 0.0
             crops = self.photographs.crops(options.batch, options.crop, rng)
             x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
             states = torch.from_numpy(
@@ -292,6 +316,7 @@ class _Trainer:
         partial.replace(self.folder / STATE_FILE)
         progress = {
             "step": self.step,
+            "frozen_steps": self.frozen_steps,
             "network": self.config.to_dict(),
             "options": asdict(self.options),
         }
@@ -304,6 +329,7 @@ class _Trainer:
             raise WeightsError(str(self.folder), "the run was started with another network shape")
         tensors = load_file(self.folder / STATE_FILE)
         self.step = int(progress["step"])
+        self.frozen_steps = int(progress["frozen_steps"])
         self.loss_size = tensors["loss_size"]
         for prefix, module in (("network/", self.network), ("rate/", self.rate)):
             module.load_state_dict(_under(tensors, prefix))
