@@ -4,6 +4,7 @@
   x SourceError             this collection cannot be read: fix the arguments or the source
     + SourceNotFoundError
     + SourceFormatError
+    + SourceChangedError    the source is not the one that was planned: plan again
   x SourceImageError        this image cannot be coded: record it, go on
     + UnreadableImageError
     + UnsupportedImageError
@@ -65,6 +66,17 @@ class SourceFormatError(SourceError):
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
+
+
+class SourceChangedError(SourceError):
+    """A source object is not the one that was planned."""
+
+    def __init__(self, source: str, when: str) -> None:
+        super().__init__(source, when)
+        self.source, self.when = source, when
+
+    def __str__(self) -> str:
+        return f"{self.source} was changed {self.when}"
 
 
 class SourceImageError(DicmhError):

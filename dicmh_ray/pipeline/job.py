@@ -303,7 +303,7 @@ class Job:
         that was read, 0 when none was), so that the loss is in the archive and in its statistics.
 
         Raises:
-            SourceFormatError: the source was changed since it was planned.
+            SourceChangedError: the source is not the one that was planned: no part of it is kept.
         """
         last_offset = 0
         try:
@@ -311,8 +311,6 @@ class Job:
                 last_offset = image.source_offset or 0
                 yield image
         except SourceFormatError as exc:
-            if exc.reason.startswith("was changed"):
-                raise  # not damage: the plan is about other bytes, and no part of them is to be kept
             _log.warning("unit %s is damaged after offset %d: %s", unit.name, last_offset, exc)
             uri = unit.uri if isinstance(unit.uri, str) else unit.uri[0]
             yield SourceImage(

@@ -150,8 +150,9 @@ def read_unit(unit: Unit, *, options: SourceOptions | None = None) -> Iterator[S
     What is wrong with one image is in its ``error``; a row comes for it all the same.
 
     Raises:
-        SourceFormatError: the file is damaged from some byte on, or no longer the planned one; the
-            images before the damage have been yielded.
+        SourceChangedError: the file is no longer the planned one.
+        SourceFormatError: the file is damaged from some byte on; the images before the damage have
+            been yielded.
         OSError: the store kept failing, or a planned tar or Parquet file is gone.
     """
     options = options or SourceOptions()

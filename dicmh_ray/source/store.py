@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from dicmh_ray.errors import SourceFormatError
+from dicmh_ray.errors import SourceChangedError
 from dicmh_ray.source.options import SourceOptions
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class RetryingFile(io.RawIOBase):
 
     Raises:
         FileNotFoundError: the object is gone.
-        SourceFormatError: it is not the one that was planned.
+        SourceChangedError: it is not the one that was planned.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class RetryingFile(io.RawIOBase):
         self.size_bytes: int | None = info.get("size")
         self._identity = identity(info)
         if etag is not None and etag != self._identity:
-            raise SourceFormatError(uri, "was changed after the plan was made")
+            raise SourceChangedError(uri, "after the plan was made")
 
     def readable(self) -> bool:
         return True
@@ -219,7 +219,7 @@ class RetryingFile(io.RawIOBase):
     def _check_same(self) -> None:
         self._fs.invalidate_cache()
         if identity(self._fs.info(self._path)) != self._identity:
-            raise SourceFormatError(self.uri, "was changed while it was read")
+            raise SourceChangedError(self.uri, "while it was read")
 
     def _drop(self) -> None:
         file, self._file = self._file, None

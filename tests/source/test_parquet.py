@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dicmh_ray.errors import SourceFormatError
+from dicmh_ray.errors import SourceChangedError, SourceFormatError
 from dicmh_ray.source import SourceImage, SourceOptions, plan_units, read_unit
 from tests.source.faults import FaultyFileSystem
 from tests.source.pictures import jpeg
@@ -210,7 +210,7 @@ def test_a_changed_file_is_refused(tmp_path):
     write(path, {"image": JPEGS})
     (unit,) = plan_units([str(path)])
     write(path, {"image": JPEGS[:2]})
-    with pytest.raises(SourceFormatError, match="changed"):
+    with pytest.raises(SourceChangedError, match="changed"):
         list(read_unit(unit))
 
 

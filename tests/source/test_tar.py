@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dicmh_ray.errors import SourceFormatError
+from dicmh_ray.errors import SourceChangedError, SourceFormatError
 from dicmh_ray.source import SourceImage, SourceOptions, load_pixels, plan_units, read_unit
 from dicmh_ray.source.store import RetryingFile
 from tests.source.faults import FaultyFileSystem
@@ -543,14 +543,14 @@ def test_a_tar_replaced_while_it_is_read_is_not_mixed(weather, large_tar):
     images = read_unit(unit, options=FAST)
     next(images)
     large_tar.write_bytes(large_tar.read_bytes() + bytes(512))
-    with pytest.raises(SourceFormatError, match="changed while"):
+    with pytest.raises(SourceChangedError, match="changed while"):
         list(images)
 
 
 def test_a_tar_replaced_after_the_plan_is_refused(large_tar):
     (unit,) = plan_units([str(large_tar)])
     large_tar.write_bytes(tar_bytes([("a.jpg", JPEGS[0])]))
-    with pytest.raises(SourceFormatError, match="changed after"):
+    with pytest.raises(SourceChangedError, match="changed after"):
         list(read_unit(unit))
     large_tar.unlink()
     with pytest.raises(FileNotFoundError):
