@@ -14,7 +14,8 @@ import torch
 from dicmh_ray.codec.checkpoint import FORMAT, Checkpoint, read_checkpoint
 from dicmh_ray.codec.fitting import fit_tables
 from dicmh_ray.codec.network import CodecNetwork
-from dicmh_ray.codec.symbols import ContextTables, round_latent
+from dicmh_ray.codec.symbols import round_latent
+from dicmh_ray.codec.tables import ContextTables
 from dicmh_ray.codec.training import PackedPhotographs
 
 CODER = "layered/1"

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dicmh_ray.codec.symbols import (
+from dicmh_ray.codec.contexts import ContextModel, Pass, Symbols
+from dicmh_ray.codec.layered import parent_symbols
+from dicmh_ray.codec.symbols import active_channels, nested_symbols
+from dicmh_ray.codec.tables import (
     MAX_MAGNITUDE,
     MAX_VALUE,
     NUM_PARENT_CLASSES,
@@ -26,12 +29,7 @@ from dicmh_ray.codec.symbols import (
     RATIO,
     SPREAD_LEVELS,
     SPREAD_UNIT,
-    ContextModel,
     ContextTables,
-    Pass,
-    Symbols,
-    active_channels,
-    nested_symbols,
     num_symbols,
 )
 
@@ -169,10 +167,10 @@ def _levels(tiles: Sequence[Symbols], state: int, num_states: int) -> tuple[Tens
     """Symbols of a state and of its parent, float32 ``[N, C, i, j]`` each."""
     symbols = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).to(torch.int32)
     for _ in range(num_states - 1 - state):
-        symbols = torch.div(symbols + 1, RATIO, rounding_mode="floor")
+        symbols = parent_symbols(symbols)
     if state == 0:
         return symbols.float(), torch.zeros(symbols.shape)
-    return symbols.float(), torch.div(symbols + 1, RATIO, rounding_mode="floor").float()
+    return symbols.float(), parent_symbols(symbols).float()
 
 
 def _freeze(

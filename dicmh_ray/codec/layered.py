@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dicmh_ray.codec.tables import RATIO
 from dicmh_ray.codec.transform import BottleneckBlock, ResidualBlock
-
-RATIO = 3
-"""Ratio of the steps of consecutive states."""
 
 
 def merge_matrix(num_luma: int, num_chroma: int, num_merged: int) -> Tensor:

@@ -26,15 +26,11 @@ from torch import Tensor
 from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bitstream
 from dicmh_ray.codec import Quality
 from dicmh_ray.codec.checkpoint import Checkpoint, read_checkpoint
+from dicmh_ray.codec.contexts import Symbols
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
 from dicmh_ray.codec.quality import measure
-from dicmh_ray.codec.symbols import (
-    ContextTables,
-    SymbolCoder,
-    Symbols,
-    nested_symbols,
-    round_latent,
-)
+from dicmh_ray.codec.symbols import SymbolCoder, nested_symbols, round_latent
+from dicmh_ray.codec.tables import ContextTables
 from dicmh_ray.errors import (
     CodecMismatchError,
     EncodeError,

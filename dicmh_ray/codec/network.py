@@ -6,7 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dicmh_ray.codec.layered import RATIO, LatentTransform, OneShotRestorer
+from dicmh_ray.codec.layered import LatentTransform, OneShotRestorer
+from dicmh_ray.codec.tables import RATIO
 from dicmh_ray.codec.transform import PatchAutoencoder
 
 ALIGNMENT = 16

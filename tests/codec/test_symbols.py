@@ -10,13 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicmh_ray.codec import reference_decoder
-from dicmh_ray.codec.symbols import (
-    COARSEST_LIMIT,
-    PRECISION,
-    ContextTables,
-    SymbolCoder,
-    nested_symbols,
-)
+from dicmh_ray.codec.symbols import MAX_SYMBOL, SymbolCoder, nested_symbols
+from dicmh_ray.codec.tables import COARSEST_LIMIT, PRECISION, ContextTables
 from dicmh_ray.errors import DicmhError, EncodeError, SymbolError, WeightsError
 
 TABLES = Path(__file__).parents[1] / "golden" / "checkpoint" / "tables.safetensors"
@@ -68,6 +63,12 @@ def test_symbols_of_a_coarser_state_follow_from_the_finer_by_integers() -> None:
     coarse = nested_symbols(finest, 2)[0]
     np.testing.assert_array_equal(coarse, np.rint(finest / 3))
     assert set((finest - 3 * coarse).tolist()) == {-1, 0, 1}
+
+
+def test_the_largest_symbols_nest_without_overflow() -> None:
+    finest = np.array([MAX_SYMBOL, MAX_SYMBOL - 1, -MAX_SYMBOL], np.int16)
+    for level, wanted in zip(nested_symbols(finest, 3), (9, 3, 1), strict=True):
+        np.testing.assert_array_equal(level, np.rint(finest.astype(np.int64) / wanted))
 
 
 def test_an_independent_decoder_finds_the_same_symbols(

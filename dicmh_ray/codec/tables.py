@@ -1,0 +1,203 @@
+"""The integers of the entropy model: context weights, buckets, frequency tables.
+
+They are fitted once (:mod:`dicmh_ray.codec.fitting`), frozen in the checkpoint, and never computed
+again. What decoding relies on is proved from them when they are loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dicmh_ray.errors import WeightsError
+
+Floats = npt.NDArray[np.float32]
+
+RATIO = 3
+"""Ratio of the quantiser steps of consecutive states."""
+
+PRECISION = 1 << 24
+"""Sum of the frequencies of every table."""
+
+MAX_MAGNITUDE = 15
+"""Magnitudes are clipped here before they enter a sum."""
+
+MAX_VALUE = 511
+"""Signed symbols are clipped to this magnitude before they enter a sum."""
+
+SPREAD_LEVELS = 4096
+"""The spread sum is clipped to ``[0, SPREAD_LEVELS)`` and looked up in the bucket table."""
+
+SPREAD_UNIT = 256
+"""The spread sum counts in 1/256; the networks play no part in it."""
+
+OFFSET_UNIT = 128
+"""The offset sum counts in 1/128 of a quantiser step."""
+
+COARSEST_LIMIT = 32
+"""Largest magnitude of a symbol of state 0, relative to its prediction, that has a code."""
+
+NUM_PARENT_CLASSES = 3
+"""Parent symbol zero, plus or minus one, larger."""
+
+EXACT_LIMIT = float(1 << 24)
+"""Sums of integers below this magnitude are exact in float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextTables:
+    """The integers of one checkpoint's entropy model; K states, C channels.
+
+    Weights are integers held as float32, ready for exact matrix products.
+    """
+
+    spread_bias: Floats
+    """``[K, C]``."""
+
+    spread_parent: Floats
+    """``[K, C, C]``: weight of the parent magnitude of channel b for channel a."""
+
+    spread_around: Floats
+    """``[K, C, C]``: weight of the parent magnitudes around, sides twice, corners once."""
+
+    spread_current: Floats
+    """``[K, C, C]``: weight of this state's magnitudes of earlier groups at the same place."""
+
+    spread_sides: Floats
+    """``[K, C]``: weight of this state's four side neighbours, in the second pass."""
+
+    offset_parent: Floats
+    """``[K, C, 3]``: weights of the parent itself, its side and its corner neighbours."""
+
+    offset_sides: Floats
+    """``[K, C]``: weight of the sum of this state's four side neighbours, in the second pass."""
+
+    groups: tuple[int, ...]
+    """First channel of each group, and C at the end."""
+
+    spread_buckets: npt.NDArray[np.uint8]
+    """``[K, SPREAD_LEVELS]``: bucket of each clipped spread sum."""
+
+    offset_edges: tuple[int, ...]
+    """Bucket of an offset = number of edges that are at most its magnitude, in 1/128 steps."""
+
+    frequencies: tuple[npt.NDArray[np.int32], ...]
+    """For each state ``[tables, symbols]``: integer frequencies >= 1 that sum to 2**24."""
+
+    @property
+    def num_states(self) -> int:
+        return len(self.frequencies)
+
+    @property
+    def channels(self) -> int:
+        return int(self.spread_bias.shape[1])
+
+    @property
+    def num_spread_buckets(self) -> int:
+        return int(self.spread_buckets.max()) + 1
+
+    @property
+    def num_offset_buckets(self) -> int:
+        return len(self.offset_edges) + 1
+
+    def num_tables(self) -> int:
+        """Tables of one state."""
+        return NUM_PARENT_CLASSES * self.num_offset_buckets * self.num_spread_buckets
+
+    def validate(self, name: str) -> None:
+        """Check every invariant that decoding relies on.
+
+        Raises:
+            WeightsError: a table is not a distribution, or a sum might not be exact.
+        """
+        for state, table in enumerate(self.frequencies):
+            if table.shape[0] != self.num_tables() or table.min() < 1:
+                raise WeightsError(name, f"state {state}: bad frequency table")
+            if (table.astype(np.int64).sum(1) != PRECISION).any():
+                raise WeightsError(name, f"state {state}: frequencies do not sum to 2**24")
+            if table.shape[1] != num_symbols(state):
+                raise WeightsError(name, f"state {state}: wrong number of symbols")
+        spread = (
+            np.abs(self.spread_bias)
+            + MAX_MAGNITUDE * np.abs(self.spread_parent).sum(2)
+            + 12 * MAX_MAGNITUDE * np.abs(self.spread_around).sum(2)
+            + MAX_MAGNITUDE * np.abs(self.spread_current).sum(2)
+            + 4 * MAX_MAGNITUDE * np.abs(self.spread_sides)
+        )
+        offset = MAX_VALUE * (
+            np.abs(self.offset_parent) @ np.array([1, 4, 4], np.float32)
+            + 4 * np.abs(self.offset_sides)
+        )
+        for sums in (spread, offset):
+            if not sums.max() < EXACT_LIMIT:
+                raise WeightsError(name, f"context sums may reach {sums.max():.0f}, not exact")
+        for weights in (self.spread_bias, self.spread_parent, self.offset_parent):
+            if (weights != np.rint(weights)).any():
+                raise WeightsError(name, "context weights are not integers")
+        if tuple(sorted(set(self.groups))) != self.groups or self.groups[0] != 0:
+            raise WeightsError(name, f"channel groups are {self.groups}")
+        if self.groups[-1] != self.channels:
+            raise WeightsError(name, f"channel groups end at {self.groups[-1]}")
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Named arrays for ``tables.safetensors``; weights as int16."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            name: getattr(self, name).astype(np.int16)
+            for name in (
+                "spread_bias",
+                "spread_parent",
+                "spread_around",
+                "spread_current",
+                "spread_sides",
+                "offset_parent",
+                "offset_sides",
+            )
+        }
+        arrays["groups"] = np.array(self.groups, np.int32)
+        arrays["spread_buckets"] = self.spread_buckets
+        arrays["offset_edges"] = np.array(self.offset_edges, np.int32)
+        for state, table in enumerate(self.frequencies):
+            arrays[f"frequencies_{state}"] = table
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], name: str) -> "ContextTables":
+        """Rebuild and validate what :meth:`to_arrays` gave.
+
+        Raises:
+            WeightsError: an array is missing or breaks an invariant.
+        """
+        try:
+            weights = {
+                field: np.ascontiguousarray(arrays[field], np.float32)
+                for field in (
+                    "spread_bias",
+                    "spread_parent",
+                    "spread_around",
+                    "spread_current",
+                    "spread_sides",
+                    "offset_parent",
+                    "offset_sides",
+                )
+            }
+            tables = cls(
+                **weights,
+                groups=tuple(int(g) for g in arrays["groups"]),
+                spread_buckets=np.ascontiguousarray(arrays["spread_buckets"], np.uint8),
+                offset_edges=tuple(int(e) for e in arrays["offset_edges"]),
+                frequencies=tuple(
+                    np.ascontiguousarray(arrays[f"frequencies_{k}"], np.int32)
+                    for k in range(weights["spread_bias"].shape[0])
+                ),
+            )
+        except KeyError as exc:
+            raise WeightsError(name, f"table {exc} is missing") from exc
+        tables.validate(name)
+        return tables
+
+
+def num_symbols(state: int) -> int:
+    """Size of the alphabet of a state: a third of the parent's cell, or a coarsest symbol."""
+    return 2 * COARSEST_LIMIT + 1 if state == 0 else RATIO
