@@ -1,12 +1,14 @@
 """The recipe of the default checkpoint: photographs in, checkpoint directory out.
 
-    sources ──pack──> photographs.bin ──train──> network ──fit──> checkpoint/
+    sources ──pack──> photographs.bin ──train──> codec ──train──> human view ──fit──> checkpoint/
 
 Each stage leaves its result in the run's folder and is skipped or continued when it is found
 there, so that a run that was stopped goes on with the same command, and a finished one improves
 with more minutes.
 """
 
+import csv
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +17,11 @@ from typing import Any
 
 from dicmh_ray.codec.checkpoint import Checkpoint
 from dicmh_ray.codec.export import export
+from dicmh_ray.codec.human_training import HumanOptions, train_human
 from dicmh_ray.codec.network import NetworkConfig
+from dicmh_ray.codec.objectives import FeatureTeacher
 from dicmh_ray.codec.training import PackedPhotographs, TrainOptions, train
-from dicmh_ray.errors import SourceImageError
+from dicmh_ray.errors import SourceFormatError, SourceImageError
 from dicmh_ray.source import SourceOptions, load_pixels, plan_units, read_unit
 
 PACK_NAME = "photographs"
@@ -31,6 +35,11 @@ class Preset:
 
     network: NetworkConfig
     options: TrainOptions
+    """Schedule of the codec: rate and distortion of all states."""
+
+    human: HumanOptions
+    """Schedule of the human view's restorer, where the network has one and a teacher is given."""
+
     table_crops: int
     """256x256 crops that the entropy model is fitted to."""
 
@@ -40,7 +49,11 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "default": Preset(
-        network=NetworkConfig(), options=TrainOptions(), table_crops=1600, table_steps=300
+        network=NetworkConfig(synthesis_blocks=6, gain_hidden=96, human_width=128),
+        options=TrainOptions(),
+        human=HumanOptions(),
+        table_crops=1600,
+        table_steps=300,
     ),
     "tiny": Preset(
         network=NetworkConfig(
@@ -56,7 +69,8 @@ PRESETS: Mapping[str, Preset] = {
             num_states=3,
             finest_step=40.0,
         ),
-        options=TrainOptions(steps=60, batch=6, crop=64),
+        options=TrainOptions(steps=60, batch=6, crop=64, structure=0.0),
+        human=HumanOptions(minutes=0.05, batch=2, crop=64),
         table_crops=32,
         table_steps=20,
     ),
@@ -64,8 +78,52 @@ PRESETS: Mapping[str, Preset] = {
 """``default`` is the checkpoint in the package; ``tiny`` trains in seconds, for tests and trials."""
 
 
+CLASS_OF_SUBJECT: Mapping[str, str] = {
+    "backpack_dog": "backpack",
+    "bear_plushie": "plushie",
+    "berry_bowl": "bowl",
+    "colorful_sneaker": "sneaker",
+    "duck_toy": "toy",
+    "fancy_boot": "boot",
+    "grey_sloth_plushie": "plushie",
+    "monster_toy": "toy",
+    "pink_sunglasses": "sunglasses",
+    "poop_emoji": "plushie",
+    "rc_car": "toy",
+    "red_cartoon": "cartoon",
+    "robot_toy": "toy",
+    "shiny_sneaker": "sneaker",
+    "wolf_plushie": "plushie",
+}
+"""Labels that name one subject, such as a certain plushie, and the word for its kind."""
+
+
+def read_labels(paths: Sequence[Path]) -> dict[str, str]:
+    """Tags of photographs by file name, from CSV files with columns ``file`` and ``label``.
+
+    A label becomes the word for its kind: lower case, without a number at its end, and through
+    :data:`CLASS_OF_SUBJECT`.
+
+    Raises:
+        SourceFormatError: a file has no such columns.
+    """
+    labels: dict[str, str] = {}
+    for path in paths:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if not row.get("file") or not row.get("label"):
+                    raise SourceFormatError(str(path), f"a row without `file` or `label`: {row}")
+                word = row["label"].lower().rstrip("0123456789")
+                labels[row["file"]] = CLASS_OF_SUBJECT.get(word, word)
+    return labels
+
+
 def pack_photographs(
-    sources: Sequence[str], folder: Path, *, report: Callable[[str], None] | None = None
+    sources: Sequence[str],
+    folder: Path,
+    *,
+    labels: Mapping[str, str] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> PackedPhotographs:
     """Decode photographs once into one file that training can map into memory.
 
@@ -75,6 +133,7 @@ def pack_photographs(
     Args:
         sources: as for compression: folders, globs, tars, Parquet.
         folder: gets ``photographs.bin`` and, when complete, ``photographs.json``.
+        labels: tag of a photograph by its file name, for those that have one.
         report: called with a line of text at the end.
 
     Raises:
@@ -83,7 +142,7 @@ def pack_photographs(
     folder.mkdir(parents=True, exist_ok=True)
     index_path = folder / f"{PACK_NAME}.json"
     if not index_path.exists():
-        index: list[tuple[int, int, int]] = []
+        index: list[tuple[int, int, int, list[str]]] = []
         left_out = end = 0
         options = SourceOptions()
         with (folder / f"{PACK_NAME}.bin").open("wb") as samples:
@@ -98,7 +157,8 @@ def pack_photographs(
                         left_out += 1
                         continue
                     samples.write(image.tobytes())
-                    index.append((end, image.shape[0], image.shape[1]))
+                    tag = (labels or {}).get(Path(source_image.source_uri).name)
+                    index.append((end, image.shape[0], image.shape[1], [tag] if tag else []))
                     end += image.size
         index_path.write_text(json.dumps(index))
         if report is not None:
@@ -112,8 +172,11 @@ def train_checkpoint(
     *,
     preset: str = "default",
     options: TrainOptions | None = None,
+    human: HumanOptions | None = None,
     device: str = "auto",
     start_from: str | Path | None = None,
+    teacher: Path | None = None,
+    labels: Mapping[str, str] | None = None,
     report: Callable[[str], None] | None = None,
     report_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> Checkpoint:
@@ -123,33 +186,52 @@ def train_checkpoint(
         sources: training photographs.
         folder: the run: pack, training state, log and checkpoint.
         preset: a name in :data:`PRESETS`.
-        options: replaces the preset's schedule.
+        options: replaces the preset's schedule of the codec.
+        human: replaces its schedule of the human view.
         device: a torch device, or ``"auto"``.
         start_from: a checkpoint that a new run improves instead of beginning at the DCT.
+        teacher: weights of a classifier, for the SC loss and for the human view; without one the
+            checkpoint gets no human view.
+        labels: tags of photographs by file name, which guide the human view.
         report: called with lines of text as stages end.
-        report_step: called every 50 steps with step, bpp and PSNR of each state.
+        report_step: called every 50 steps with the step and the losses.
 
     Raises:
         SourceError: a source cannot be read.
-        WeightsError: ``folder`` holds a run of another network shape.
+        WeightsError: ``folder`` holds a run of another network shape, or the teacher is none.
     """
     chosen = PRESETS[preset]
-    photographs = pack_photographs(sources, folder / "pack", report=report)
-    schedule = options or chosen.options
+    photographs = pack_photographs(sources, folder / "pack", labels=labels, report=report)
     network = train(
         photographs,
         folder,
-        options=schedule,
-        network=chosen.network,
+        options=options or chosen.options,
+        network=dataclasses.replace(chosen.network, human_width=0),
         device=device,
         start_from=start_from,
+        teacher=teacher,
         report=report_step,
     )
+    provenance: dict[str, Any] = {"preset": preset, "photographs": len(photographs.entries)}
+    if teacher is not None:
+        provenance["teacher"] = FeatureTeacher(teacher).identity
+        if chosen.network.human_width:
+            network = train_human(
+                network,
+                chosen.network,
+                photographs,
+                folder,
+                options=human or chosen.human,
+                teacher=teacher,
+                device=device,
+                start_from=start_from,
+                report=report_step,
+            )
     return export(
         network.cpu(),
         photographs,
         folder / CHECKPOINT_NAME,
-        provenance={"preset": preset, "photographs": len(photographs.entries)},
+        provenance=provenance,
         crops=chosen.table_crops,
         steps=chosen.table_steps,
         report=report,

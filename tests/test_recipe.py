@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dicmh_ray.codec import load_codec
-from dicmh_ray.codec.training import PackedPhotographs, TrainOptions, train
-from dicmh_ray.errors import WeightsError
-from dicmh_ray.recipe import PRESETS, pack_photographs, train_checkpoint
+from dicmh_ray.codec import load_codec, read_checkpoint
+from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
+from dicmh_ray.codec.training import PackedPhotographs, TrainOptions, grow_from, train
+from dicmh_ray.errors import SourceFormatError, WeightsError
+from dicmh_ray.recipe import PRESETS, pack_photographs, read_labels, train_checkpoint
 
 TINY = PRESETS["tiny"]
 QUICK = dataclasses.replace(TINY.options, steps=4, batch=3)
@@ -76,8 +78,44 @@ def test_a_run_can_begin_with_the_weights_of_a_checkpoint(
     for name, value in found.state_dict().items():
         assert torch.equal(value, given[name].float()), name
     wider = dataclasses.replace(TINY.network, hidden=24)
-    with pytest.raises(WeightsError, match="another network shape"):
+    with pytest.raises(WeightsError, match="its hidden is 16, wanted 24"):
         train(photographs, tmp_path / "w", options=QUICK, network=wider, start_from=checkpoint)
+
+
+def test_a_deeper_network_begins_as_the_checkpoint_it_grew_from() -> None:
+    checkpoint = read_checkpoint(Path(__file__).parent / "golden" / "checkpoint")
+    weights = safetensors.torch.load(checkpoint.files["weights.safetensors"])
+    config = NetworkConfig.from_dict(checkpoint.config["network"])
+    same = CodecNetwork(config).eval()
+    grow_from(same, config, weights, name="golden")
+    deeper = CodecNetwork(
+        dataclasses.replace(config, synthesis_blocks=3, restorer_blocks=2, gain_hidden=8)
+    ).eval()
+    grow_from(deeper, config, weights, name="golden")
+    x = torch.rand(1, 3, 64, 48) * 255
+    with torch.inference_mode():
+        torch.testing.assert_close(deeper.encode(x), same.encode(x))
+        y, state = same.encode(x), torch.tensor([1])
+        torch.testing.assert_close(deeper.decode(y, state), same.decode(y, state))
+
+
+def test_labels_become_words_for_kinds(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("file,label,size\na.jpg,dog3,1x1\nb.jpg,wolf_plushie,1x1\nc.jpg,T-Shirt,2x2\n")
+    assert read_labels([table]) == {"a.jpg": "dog", "b.jpg": "plushie", "c.jpg": "t-shirt"}
+    table.write_text("name,kind\na.jpg,dog\n")
+    with pytest.raises(SourceFormatError, match="without `file` or `label`"):
+        read_labels([table])
+
+
+def test_labelled_crops_know_the_tags_of_their_pictures(folder: Path, tmp_path: Path) -> None:
+    labels = {f"{n}.png": "even" if n % 2 == 0 else "odd" for n in range(6)}
+    pack = pack_photographs([str(folder)], tmp_path, labels=labels)
+    assert sorted(pack.tags) == [("even",)] * 3 + [("odd",)] * 3
+    _, words = pack.labelled_crops(7, 64, np.random.default_rng(1), ["even", "odd", "other"])
+    assert words.shape == (7, 3)
+    assert words[:, :2].sum(1).tolist() == [1.0] * 7
+    assert not words[:, 2].any()
 
 
 def test_a_run_of_another_shape_is_refused(photographs: PackedPhotographs, tmp_path: Path) -> None:
@@ -95,7 +133,7 @@ def test_training_lowers_the_loss_and_its_checkpoint_codes_pictures(
         [str(folder)],
         tmp_path,
         preset="tiny",
-        options=TrainOptions(steps=150, batch=4, crop=64, learning_rate=2e-3),
+        options=TrainOptions(steps=150, batch=4, crop=64, learning_rate=2e-3, structure=0),
         device="cpu",
         report_step=reports.append,
     )

@@ -47,6 +47,13 @@ class View(StrEnum):
     ORIGINAL = "original"
 
 
+class BenchView(StrEnum):
+    """What is measured of ours."""
+
+    MACHINE = "machine"
+    HUMAN = "human"
+
+
 class Format(StrEnum):
     """Of decoded pictures."""
 
@@ -322,6 +329,23 @@ def train(
         str | None,
         typer.Option("--from", help="Improve a checkpoint: `default` or a directory."),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Weights of a classifier: its features shall survive, and it teaches the human view.",
+        ),
+    ] = None,
+    human_minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Then train the human view for so long.")
+    ] = None,
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="CSV with `file,label`: tags that guide it."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a checkpoint on photographs and export it to OUTPUT/checkpoint.
@@ -330,6 +354,7 @@ def train(
 
         dicmh train photos/ -o run/ --minutes 90
         dicmh train photos/ -o better/ --from default --minutes 90
+        dicmh train photos/ -o full/ --teacher mobilenet.safetensors --labels labels.csv
     """
     from dicmh_ray.cli.training import run_train
 
@@ -339,42 +364,162 @@ def train(
         preset=preset,
         steps=steps,
         minutes=minutes,
+        human_minutes=human_minutes,
+        teacher=teacher,
+        labels=labels or [],
         device=device,
         start_from=start_from,
     )
 
 
-@bench_app.callback()
-def bench() -> None:
-    """Keep ``rd`` a command of its own, though it is the only one."""
+PicturesArgument = Annotated[
+    list[Path], typer.Argument(metavar="PICTURES", help="Image files, folders of them.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for JSON, Markdown and plots.")
+]
+BenchViewOption = Annotated[
+    list[BenchView] | None, typer.Option("--view", help="Of ours. Repeatable.")
+]
+NetsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of ONNX nets that judge; docs/evaluation.md."),
+]
+FeaturesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE:TAP,TAP", help="ONNX net and tensors for feature distances. Repeatable."
+    ),
+]
+LpipsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="LPIPS as ONNX: two RGB inputs in -1..1.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first pictures.")]
+BenchThreadsOption = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 
 
 @bench_app.command("rd")
 def bench_rd(
-    folder: Annotated[Path, typer.Argument(help="Folder of images, at any depth.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for rd.json, rd.md and plots.")
-    ] = None,
+    pictures: PicturesArgument,
+    output: ReportOption = None,
     checkpoint: CheckpointOption = "default",
     device: DeviceOption = "auto",
-    max_images: Annotated[int | None, typer.Option(min=1, help="Only the first.")] = None,
+    view: BenchViewOption = None,
+    nets: NetsOption = None,
+    features: FeaturesOption = None,
+    lpips: LpipsOption = None,
+    limit: LimitOption = None,
+    threads: BenchThreadsOption = 2,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure rate and distortion of every state against JPEG, WebP and AVIF, with BD-rates.
+    """Measure rate and distortion of every state against JPEG, WebP, AVIF, JPEG XL; BD-rates.
+
+    Examples:
+
+        dicmh bench rd kodak/ -o report/
+
+        dicmh bench rd kodak/ --view machine --view human --nets nets/
+    """
+    from dicmh_ray.cli.measuring import BenchArguments, run_bench_rd
+
+    run_bench_rd(
+        BenchArguments(
+            pictures=pictures,
+            output=output,
+            checkpoint=checkpoint,
+            device=device,
+            views=[one.value for one in view or ()],
+            nets=nets,
+            features=features or [],
+            lpips=lpips,
+            limit=limit,
+            threads=threads,
+            as_json=as_json,
+        )
+    )
+
+
+@bench_app.command("tasks")
+def bench_tasks(
+    pictures: PicturesArgument,
+    nets: NetsOption,
+    output: ReportOption = None,
+    checkpoint: CheckpointOption = "default",
+    device: DeviceOption = "auto",
+    view: BenchViewOption = None,
+    features: FeaturesOption = None,
+    lpips: LpipsOption = None,
+    limit: LimitOption = None,
+    threads: BenchThreadsOption = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Score machine tasks at equal bytes: classes, boxes, segments, faces. Labels lie beside.
 
     Example:
 
-        dicmh bench rd kodak/ -o report/
+        dicmh bench tasks coco/images --nets nets/ -o report/
     """
-    from dicmh_ray.cli.measuring import run_bench_rd
+    from dicmh_ray.cli.measuring import BenchArguments, run_bench_tasks
 
-    run_bench_rd(
-        folder,
-        output=output,
-        checkpoint=checkpoint,
-        device=device,
-        max_images=max_images,
-        as_json=as_json,
+    run_bench_tasks(
+        BenchArguments(
+            pictures=pictures,
+            output=output,
+            checkpoint=checkpoint,
+            device=device,
+            views=[one.value for one in view or ()],
+            nets=nets,
+            features=features or [],
+            lpips=lpips,
+            limit=limit,
+            threads=threads,
+            as_json=as_json,
+        )
+    )
+
+
+@bench_app.command("all")
+def bench_all(
+    pictures: PicturesArgument,
+    nets: NetsOption,
+    output: ReportOption = None,
+    checkpoint: CheckpointOption = "default",
+    device: DeviceOption = "auto",
+    view: BenchViewOption = None,
+    features: FeaturesOption = None,
+    lpips: LpipsOption = None,
+    limit: LimitOption = None,
+    rd_limit: Annotated[
+        int | None, typer.Option(min=1, help="Curves from so many pictures, evenly chosen.")
+    ] = None,
+    sheets: Annotated[int, typer.Option(min=0, help="Contact sheets, and those of failures.")] = 2,
+    threads: BenchThreadsOption = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Do `rd` and `tasks` in one pass, with plots, tables and contact sheets.
+
+    Example:
+
+        dicmh bench all kodak/ --nets nets/ -o docs/results/kodak
+    """
+    from dicmh_ray.cli.measuring import BenchArguments, run_bench_all
+
+    run_bench_all(
+        BenchArguments(
+            pictures=pictures,
+            output=output,
+            checkpoint=checkpoint,
+            device=device,
+            views=[one.value for one in view or ()],
+            nets=nets,
+            features=features or [],
+            lpips=lpips,
+            limit=limit,
+            threads=threads,
+            as_json=as_json,
+        ),
+        rd_limit=rd_limit,
+        pages=sheets,
     )
 
 

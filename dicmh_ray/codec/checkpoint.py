@@ -25,6 +25,9 @@ IDENTITY_FILES = ("config.json", "tables.safetensors", "weights.safetensors")
 
 FORMAT = "dicmh-checkpoint/1"
 
+LATENT_UNIT = "latent_unit"
+"""Tensor among the weights: float32 ``[C]``, what y was multiplied by before rounding."""
+
 COMPANIONS = ("formats/bitstream.v1.md", "formats/layered-payload.v1.md", "reference_decoder.py")
 """What else a reader needs in fifty years; lies beside this module."""
 

@@ -11,7 +11,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from dicmh_ray.codec.checkpoint import FORMAT, Checkpoint, read_checkpoint
+from dicmh_ray.codec.checkpoint import FORMAT, LATENT_UNIT, Checkpoint, read_checkpoint
 from dicmh_ray.codec.fitting import fit_tables
 from dicmh_ray.codec.network import CodecNetwork
 from dicmh_ray.codec.symbols import round_latent
@@ -67,6 +67,8 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.half().contiguous() for k, v in network.state_dict().items()}
+    # Numbers, not an exponential that another machine's library may round otherwise: latents are exact.
+    weights[LATENT_UNIT] = network.latent.unit().detach().float().contiguous()
     config = {
         "format": FORMAT,
         "coder": CODER,

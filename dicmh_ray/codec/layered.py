@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dicmh_ray.codec.tables import RATIO
-from dicmh_ray.codec.transform import BottleneckBlock, ResidualBlock
+from dicmh_ray.codec.transform import ActivityGain, BottleneckBlock, ResidualBlock
 
 
 def merge_matrix(num_luma: int, num_chroma: int, num_merged: int) -> Tensor:
@@ -50,6 +50,7 @@ class LatentTransform(nn.Module):
         blocks: int,
         restore_blocks: int,
         hidden: int,
+        gain_hidden: int,
         num_states: int,
     ) -> None:
         super().__init__()
@@ -62,6 +63,10 @@ class LatentTransform(nn.Module):
         self.synthesis_blocks = nn.ModuleList(
             BottleneckBlock(self.channels, hidden, num_states=num_states)
             for _ in range(restore_blocks)
+        )
+        self.divide = ActivityGain(self.channels, gain_hidden) if gain_hidden else None
+        self.multiply = (
+            ActivityGain(self.channels, gain_hidden, num_states=num_states) if gain_hidden else None
         )
         self.y_scale: Tensor
         self.register_buffer("y_scale", torch.ones(self.channels))
@@ -94,13 +99,20 @@ class LatentTransform(nn.Module):
         y = self.merge(F.pixel_unshuffle(z_BChw, 2))
         for block in self.analysis_blocks:
             y = block(y)
-        gain: Tensor = self.y_scale * self.log_gain.exp()
-        return y * gain[:, None, None]
+        if self.divide is not None:
+            y = y * torch.exp(-self.divide(y))
+        return y * self.unit()[:, None, None]
+
+    def unit(self) -> Tensor:
+        """What y is multiplied by before rounding, ``[4 C]``."""
+        unit: Tensor = self.y_scale * self.log_gain.exp()
+        return unit
 
     def synthesise(self, y_BCij: Tensor, state_B: Tensor) -> Tensor:
         """Dequantised y of known states (int64 ``[B]``) -> first estimate of z, ``[B, C, h, w]``."""
-        gain = self.y_scale * self.log_gain.exp()
-        y = y_BCij / gain[:, None, None]
+        y = y_BCij / self.unit()[:, None, None]
+        if self.multiply is not None:
+            y = y * torch.exp(self.multiply(y, state_B))
         for block in self.synthesis_blocks:
             y = block(y, state_B)
         return F.pixel_shuffle(self.split(y), 2)

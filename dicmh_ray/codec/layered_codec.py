@@ -10,6 +10,7 @@ the result is that of one pass. Memory is the symbols and samples of one picture
 Shape suffixes: B images, C channels, i j the grid of y (1/16).
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,8 +26,9 @@ from torch import Tensor
 
 from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bitstream
 from dicmh_ray.codec import Quality
-from dicmh_ray.codec.checkpoint import Checkpoint, read_checkpoint
+from dicmh_ray.codec.checkpoint import LATENT_UNIT, Checkpoint, read_checkpoint
 from dicmh_ray.codec.contexts import Symbols
+from dicmh_ray.codec.human import noise_key, window_noise
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
 from dicmh_ray.codec.quality import measure
 from dicmh_ray.codec.symbols import SymbolCoder, nested_symbols, round_latent
@@ -45,12 +47,6 @@ TILE = 64
 WINDOW = 128
 """Cells per side of a window of the networks: 2048 pixels."""
 
-ENCODE_MARGIN = 6
-"""Cells of picture around a window that its y depends on."""
-
-DECODE_MARGIN = 9
-"""Cells of y around a window that its pixels depend on."""
-
 MAX_REMEMBERED = 24_000_000
 """Symbols of a picture that are kept between ``encode`` and the decodes that choose its states: 16 megapixels."""
 
@@ -64,24 +60,34 @@ class _Window(NamedTuple):
     outer_stop: int
 
 
+class _Noise(NamedTuple):
+    """What a human view is sampled from, beside the symbols."""
+
+    key: int
+    tags: tuple[str, ...]
+
+
 class LayeredCodec:
     """The default codec. See :class:`dicmh_ray.codec.ImageCodec` for the contract."""
 
     def __init__(
-        self, checkpoint: Checkpoint, network: CodecNetwork, tables: ContextTables, device: str
+        self,
+        checkpoint: Checkpoint,
+        network: CodecNetwork,
+        tables: ContextTables,
+        latent_unit: npt.NDArray[np.float32],
+        device: str,
     ) -> None:
         self.codec_id = checkpoint.codec_id
         self.num_states = network.config.num_states
         self.latent_channels = network.config.y_channels
+        self.views = ("machine", "human") if network.human is not None else ("machine",)
         self._steps = network.config.steps
         self._device = torch.device(device)
         self._network = network.eval().to(self._device).to(memory_format=torch.channels_last)
         self._coder = SymbolCoder(tables)
         self._verified: list[tuple[bytes, Symbols]] = []
-        latent = network.latent
-        self._unit: npt.NDArray[np.float32] = (
-            (latent.y_scale * latent.log_gain.exp()).detach().float().cpu().numpy()
-        )
+        self._unit = latent_unit
 
     def encode(
         self,
@@ -116,12 +122,16 @@ class LayeredCodec:
     def decode(
         self, bitstreams: Sequence[bytes], *, states: int | None = None, view: str = "machine"
     ) -> list[npt.NDArray[np.uint8]]:
-        if view != "machine":
-            raise ValueError(f"view is {view!r}, this codec offers 'machine'")
+        if view not in self.views:
+            raise ValueError(f"view is {view!r}, this checkpoint offers {', '.join(self.views)}")
         images = []
         for data in bitstreams:
             header, symbols, count = self._recall(data, states)
-            image = self._synthesise(symbols, count - 1)
+            noise = None
+            if view == "human":
+                stream = parse_bitstream(data)
+                noise = _Noise(noise_key(stream.states[0].payload), stream.tags)
+            image = self._synthesise(symbols, count - 1, noise)
             image = np.ascontiguousarray(image[: header.height, : header.width])
             if header.is_grey:
                 image[:] = np.rint(image.mean(2, keepdims=True, dtype=np.float32)).astype(np.uint8)
@@ -151,8 +161,8 @@ class LayeredCodec:
             raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
         rows, columns = (-(-side // ALIGNMENT) for side in image.shape[:2])
         symbols = np.empty((rows, columns, self.latent_channels), np.int16)
-        for down in _windows(rows, ENCODE_MARGIN):
-            for across in _windows(columns, ENCODE_MARGIN):
+        for down in _windows(rows, self._network.config.encode_margin):
+            for across in _windows(columns, self._network.config.encode_margin):
                 region = image[
                     ALIGNMENT * down.outer_start : ALIGNMENT * down.outer_stop,
                     ALIGNMENT * across.outer_start : ALIGNMENT * across.outer_stop,
@@ -233,23 +243,33 @@ class LayeredCodec:
                 raise SymbolError(f"state {number}", "symbols do not match their checksum")
         return header, symbols, len(wanted)
 
-    def _synthesise(self, symbols: Symbols, state: int) -> npt.NDArray[np.uint8]:
+    def _synthesise(
+        self, symbols: Symbols, state: int, noise: _Noise | None
+    ) -> npt.NDArray[np.uint8]:
+        """Pixels of the machine view, or with noise of the human view."""
         rows, columns = symbols.shape[:2]
+        margin = self._network.config.decode_margin
+        if noise is not None:
+            margin += self._network.config.human_margin
         image = np.empty((ALIGNMENT * rows, ALIGNMENT * columns, 3), np.uint8)
         step = self._steps[state]
 
-        def pixels(symbols_BijC: Tensor) -> Tensor:
+        def pixels(symbols_BijC: Tensor, down: _Window, across: _Window) -> Tensor:
             states_B = torch.full((len(symbols_BijC),), state, device=self._device)
             y_BCij = symbols_BijC.permute(0, 3, 1, 2).float() * step
-            x = self._network.decode(y_BCij, states_B)
+            z_BChw = self._network.estimate(y_BCij, states_B)
+            if noise is not None:
+                z_BChw = self._restore(z_BChw, states_B, noise, down, across)
+            x = self._network.autoencoder.decode(z_BChw)
             return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
-        for down in _windows(rows, DECODE_MARGIN):
-            for across in _windows(columns, DECODE_MARGIN):
+        for down in _windows(rows, margin):
+            for across in _windows(columns, margin):
                 region = symbols[
                     down.outer_start : down.outer_stop, across.outer_start : across.outer_stop
                 ]
-                x = self._run(pixels, region[None])[0]
+                draw = functools.partial(pixels, down=down, across=across)
+                x = self._run(draw, region[None])[0]
                 top, left = down.start - down.outer_start, across.start - across.outer_start
                 height, width = down.stop - down.start, across.stop - across.start
                 image[
@@ -260,6 +280,23 @@ class LayeredCodec:
                     ALIGNMENT * left : ALIGNMENT * (left + width),
                 ]
         return image
+
+    def _restore(
+        self, z_BChw: Tensor, state_B: Tensor, noise: _Noise, down: _Window, across: _Window
+    ) -> Tensor:
+        """Machine estimate of a window of one picture -> human estimate."""
+        restorer = self._network.human
+        if restorer is None:
+            raise ValueError("this checkpoint has no human view")
+        rows = (2 * down.outer_start, 2 * down.outer_stop)
+        columns = (2 * across.outer_start, 2 * across.outer_stop)
+        normals = restorer.normals.cpu().numpy()
+        drawn = [
+            torch.from_numpy(window_noise(noise.key, i, rows, columns, len(z_BChw[0]), normals))
+            for i in range(self._network.config.human_evaluations)
+        ]
+        words_BN = restorer.known_words(noise.tags)[None].to(self._device)
+        return restorer.sample(z_BChw, state_B, words_BN, [n[None].to(self._device) for n in drawn])
 
     def _run(
         self, function: Callable[[Tensor], Tensor], array: npt.NDArray[Any]
@@ -284,14 +321,18 @@ def load_layered_codec(
     try:
         network = CodecNetwork(NetworkConfig.from_dict(content.config["network"]))
         weights = safetensors.torch.load(content.files["weights.safetensors"])
+        unit = weights.pop(LATENT_UNIT, None)
         network.load_state_dict({key: value.float() for key, value in weights.items()})
+        if unit is None:
+            unit = network.latent.unit().detach()
         tables = safetensors.numpy.load(content.files["tables.safetensors"])
     except (KeyError, TypeError, RuntimeError, ValueError, safetensors.SafetensorError) as exc:
         raise WeightsError(name, str(exc)) from exc
     for key, value in network.state_dict().items():
         if not torch.isfinite(value).all():
             raise WeightsError(name, f"{key} is not finite")
-    return LayeredCodec(content, network, ContextTables.from_arrays(tables, name), device)
+    frozen = ContextTables.from_arrays(tables, name)
+    return LayeredCodec(content, network, frozen, unit.numpy(), device)
 
 
 def _windows(cells: int, margin: int) -> list[_Window]:

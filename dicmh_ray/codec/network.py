@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from dicmh_ray.codec.human import DiffusionRestorer
 from dicmh_ray.codec.layered import LatentTransform, OneShotRestorer
 from dicmh_ray.codec.tables import RATIO
 from dicmh_ray.codec.transform import PatchAutoencoder
@@ -45,6 +46,21 @@ class NetworkConfig:
     bottleneck: int = 128
     """Width inside the bottleneck blocks."""
 
+    gain_hidden: int = 0
+    """Width inside the activity gains of y; 0: none."""
+
+    human_width: int = 0
+    """Width of the human view's diffusion restorer at 1/8 resolution; 0: no human view."""
+
+    human_blocks: int = 3
+    """Its blocks before, below and after the 1/16 resolution, each."""
+
+    human_evaluations: int = 2
+    """Evaluations of it for a picture."""
+
+    human_words: tuple[str, ...] = ()
+    """Tags it has learned to be guided by."""
+
     num_states: int = 5
     """States of a full stream, coarsest first."""
 
@@ -56,7 +72,7 @@ class NetworkConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        return cls(**values)
+        return cls(**{**values, "human_words": tuple(values.get("human_words", ()))})
 
     @property
     def z_channels(self) -> int:
@@ -65,6 +81,21 @@ class NetworkConfig:
     @property
     def y_channels(self) -> int:
         return 4 * self.z_channels
+
+    @property
+    def encode_margin(self) -> int:
+        """Cells of y around a window of pixels that its y depends on."""
+        return 1 + self.encoder_blocks + self.analysis_blocks + bool(self.gain_hidden)
+
+    @property
+    def decode_margin(self) -> int:
+        """Cells of y around a window that its pixels depend on."""
+        return 1 + self.restorer_blocks + self.synthesis_blocks + bool(self.gain_hidden)
+
+    @property
+    def human_margin(self) -> int:
+        """Cells of y around a window that its human view depends on beyond :attr:`decode_margin`."""
+        return self.human_evaluations * (2 + 2 * self.human_blocks) if self.human_width else 0
 
     @property
     def steps(self) -> tuple[float, ...]:
@@ -93,6 +124,7 @@ class CodecNetwork(nn.Module):
             blocks=config.analysis_blocks,
             restore_blocks=config.synthesis_blocks,
             hidden=config.bottleneck,
+            gain_hidden=config.gain_hidden,
             num_states=config.num_states,
         )
         self.restorer = OneShotRestorer(
@@ -102,6 +134,18 @@ class CodecNetwork(nn.Module):
             num_states=config.num_states,
         )
 
+        self.human = (
+            DiffusionRestorer(
+                channels=config.z_channels,
+                width=config.human_width,
+                blocks=config.human_blocks,
+                num_states=config.num_states,
+                words=config.human_words,
+            )
+            if config.human_width
+            else None
+        )
+
     def encode(self, x_B3HW: Tensor) -> Tensor:
         """Sample values 0..255, ``[B, 3, H, W]`` (multiples of 16) -> y ``[B, C, H/16, W/16]``."""
         y: Tensor = self.latent.analyse(self.autoencoder.encode(x_B3HW))
@@ -109,8 +153,12 @@ class CodecNetwork(nn.Module):
 
     def decode(self, y_BCij: Tensor, state_B: Tensor) -> Tensor:
         """Dequantised y and the state of each image -> sample values, not clamped."""
-        z = self.latent.synthesise(y_BCij, state_B)
-        return self.autoencoder.decode(self.restorer(z, state_B))
+        return self.autoencoder.decode(self.estimate(y_BCij, state_B))
+
+    def estimate(self, y_BCij: Tensor, state_B: Tensor) -> Tensor:
+        """Dequantised y and the state of each image -> the machine estimate of z."""
+        z: Tensor = self.restorer(self.latent.synthesise(y_BCij, state_B), state_B)
+        return z
 
     @torch.no_grad()
     def initialise_units(self, x_B3HW: Tensor) -> None:

@@ -1,16 +1,18 @@
 """Train the default codec: rate and distortion of all its states at once.
 
 Each image of a batch is decoded from one state, drawn so that a batch holds all of them; its loss
-is ``bpp + lambda_k * MSE`` of that state, divided by the running mean of its own size, so that
-every state counts by relative, not absolute, improvement. Training is resumable: the run's folder
+is ``bpp + lambda_k * D`` of that state, divided by the running mean of its own size, so that
+every state counts by relative, not absolute, improvement. The distortion D mixes squared error,
+structure (MS-SSIM) and, where a teacher is given, its features (the SC loss, spec C). Training is resumable: the run's folder
 holds its whole state, and a run that is killed goes on where its last save was.
 """
 
+import dataclasses
 import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,11 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from dicmh_ray.codec.checkpoint import read_checkpoint
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
+from dicmh_ray.codec.objectives import FeatureTeacher, StructuralDistance
 from dicmh_ray.codec.rate import ContextRate
 from dicmh_ray.errors import WeightsError
 
@@ -35,6 +39,15 @@ LOG_FILE = "log.jsonl"
 
 WARM_START_STEPS = 300
 """Steps in which a run that starts from a checkpoint trains its rate model alone."""
+
+STRUCTURE_UNIT = 1600.0
+"""``1 - MS-SSIM`` times this is about the mean squared error of the same picture, at every state."""
+
+SEMANTICS_UNIT = 600.0
+"""The same for the distance of a teacher's features."""
+
+GROWING_FIELDS = {"encoder_blocks", "analysis_blocks", "synthesis_blocks", "restorer_blocks"}
+"""Depths in which a network may exceed the checkpoint it starts from: new blocks begin as identity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +75,15 @@ class TrainOptions:
     finest_lambda: float = 0.036
     """Weight of the mean squared error (8-bit units) of the last state against bits per pixel."""
 
+    structure: float = 0.4
+    """Share of the distortion that is ``1 - MS-SSIM``; 0 with crops below 176 pixels."""
+
+    semantics: float = 0.2
+    """Share that is the distance of a teacher's features; without a teacher it falls to the others."""
+
+    faithful_states: int = 1
+    """Last states that are trained for squared error alone: archives keep pictures by their PSNR."""
+
     lambda_ratio: float = 5.3
     """Ratio of the weights of consecutive states."""
 
@@ -86,7 +108,7 @@ class PackedPhotographs:
     """Training photographs, decoded once, in one memory-mapped file beside its index.
 
     ``photographs.bin`` holds the uint8 RGB samples one picture after the other;
-    ``photographs.json`` the list of ``[offset, height, width]``.
+    ``photographs.json`` the list of ``[offset, height, width, tags]``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,7 +116,10 @@ class PackedPhotographs:
         self.samples: npt.NDArray[np.uint8] = np.memmap(
             folder / "photographs.bin", dtype=np.uint8, mode="r"
         )
-        self.entries = [(int(o), int(h), int(w)) for o, h, w in index]
+        self.entries = [(int(o), int(h), int(w)) for o, h, w, *_ in index]
+        self.tags: list[tuple[str, ...]] = [
+            tuple(tags[0]) if tags else () for _, _, _, *tags in index
+        ]
 
     def picture(self, i: int) -> npt.NDArray[np.uint8]:
         """Picture i, uint8 ``[H, W, 3]``."""
@@ -107,11 +132,25 @@ class PackedPhotographs:
         A picture is drawn in proportion to its area; every third crop is a larger region halved,
         so that the network also sees the sharper detail of smaller pictures.
         """
+        return self._cut(self._draw(count, size, rng), size, rng)
+
+    def labelled_crops(
+        self, count: int, size: int, rng: np.random.Generator, words: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`crops`, and which of the words each picture is tagged with, ``[count, words]``."""
+        drawn = self._draw(count, size, rng)
+        present = [[float(word in self.tags[i]) for word in words] for i in drawn]
+        return self._cut(drawn, size, rng), torch.tensor(present).reshape(count, len(words))
+
+    def _draw(self, count: int, size: int, rng: np.random.Generator) -> list[int]:
         areas = np.array([h * w for _, h, w in self.entries], np.float64)
         areas *= [min(h, w) >= size for _, h, w in self.entries]
-        out = np.empty((count, size, size, 3), np.uint8)
-        for n in range(count):
-            picture = self.picture(int(rng.choice(len(areas), p=areas / areas.sum())))
+        return [int(i) for i in rng.choice(len(areas), size=count, p=areas / areas.sum())]
+
+    def _cut(self, drawn: Sequence[int], size: int, rng: np.random.Generator) -> Tensor:
+        out = np.empty((len(drawn), size, size, 3), np.uint8)
+        for n, i in enumerate(drawn):
+            picture = self.picture(i)
             factor = 2 if n % 3 == 2 and min(picture.shape[:2]) >= 2 * size else 1
             span = size * factor
             top = int(rng.integers(picture.shape[0] - span + 1))
@@ -133,6 +172,7 @@ def train(
     network: NetworkConfig,
     device: str = "cpu",
     start_from: str | Path | None = None,
+    teacher: Path | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
 ) -> CodecNetwork:
     """Train, or go on training, the run in ``folder``.
@@ -145,7 +185,8 @@ def train(
         device: a torch device, or ``"auto"`` for CUDA where there is one.
         start_from: a checkpoint whose weights a new run begins with, instead of the DCT; a run
             that goes on ignores it. The rate model, which no checkpoint holds, is fitted alone
-            for the first steps.
+            for the first steps. The network may be deeper than the checkpoint's.
+        teacher: weights of a classifier whose features shall survive (:class:`FeatureTeacher`).
         report: called about every 50 steps with step, seconds, and bpp and PSNR of each state.
 
     Returns:
@@ -158,7 +199,7 @@ def train(
     torch.manual_seed(options.seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = _Trainer(photographs, folder, options, network, device)
+    trainer = _Trainer(photographs, folder, options, network, device, teacher)
     if start_from is not None and trainer.step == 0:
         trainer.start_from(start_from)
     trainer.run(report)
@@ -173,6 +214,7 @@ class _Trainer:
         options: TrainOptions,
         config: NetworkConfig,
         device: str,
+        teacher: Path | None,
     ) -> None:
         self.photographs, self.folder, self.options = photographs, folder, options
         self.config, self.device = config, torch.device(device)
@@ -184,6 +226,7 @@ class _Trainer:
         progress = folder / PROGRESS_FILE
         self.network.to(self.device).to(memory_format=torch.channels_last)
         self.rate.to(self.device)
+        self.distortion = Distortion(options, self.device, teacher)
         if not progress.exists():
             rng = np.random.default_rng(options.seed)
             crops = photographs.crops(64, options.crop, rng)
@@ -203,10 +246,9 @@ class _Trainer:
     def start_from(self, checkpoint: str | Path) -> None:
         """Begin with the weights of a checkpoint, and give the rate model time to fit them."""
         found = read_checkpoint(checkpoint)
-        if found.config["network"] != self.config.to_dict():
-            raise WeightsError(str(checkpoint), "the checkpoint has another network shape")
         weights = safetensors.torch.load(found.files["weights.safetensors"])
-        self.network.load_state_dict({name: value.float() for name, value in weights.items()})
+        config = NetworkConfig.from_dict(found.config["network"])
+        grow_from(self.network, config, weights, name=str(checkpoint))
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.frozen_steps = WARM_START_STEPS
 
@@ -224,11 +266,9 @@ class _Trainer:
             if spent >= options.minutes:
                 break
             done = max((self.step - first) / max(options.steps - first, 1), spent / options.minutes)
-            learning_rate = _schedule(done, self.step) * options.learning_rate
+            learning_rate = _schedule(done, self._warmed_up()) * options.learning_rate
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate * group["factor"]
-            if self.step < self.frozen_steps:
-                self.optimiser.param_groups[0]["lr"] = 0.0
             crops = self.photographs.crops(options.batch, options.crop, rng)
             x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
             states = torch.from_numpy(
@@ -239,10 +279,14 @@ class _Trainer:
                     ]
                 )[: len(x)]
             ).to(self.device)
+            if self.step < self.frozen_steps:
+                self._fit_rate(x, steps[states], states)
+                continue
             y, bits = self.rate(self.network.encode(x), steps[states], states)
-            error = (self.network.decode(y, states) - x).square().mean((1, 2, 3))
+            seen = states < config.num_states - options.faithful_states
+            error, distortion = self.distortion(x, self.network.decode(y, states), seen)
             bpp = bits / options.crop**2
-            losses = bpp + lambdas[states] * error
+            losses = bpp + lambdas[states] * distortion
             self._remember(losses.detach().cpu(), states.cpu())
             loss = (losses / self.loss_size.to(self.device)[states]).mean()
             self.optimiser.zero_grad(set_to_none=True)
@@ -262,6 +306,21 @@ class _Trainer:
                 self.save()
                 last_save = time.monotonic()
         self.save()
+
+    def _warmed_up(self) -> float:
+        """Share of the learning rate, 0..1: it rises when training starts and after a warm start."""
+        steps = self.step if self.step < self.frozen_steps else self.step - self.frozen_steps
+        return min(1.0, (steps + 1) / 200)
+
+    def _fit_rate(self, x_B3HW: Tensor, step_B: Tensor, state_B: Tensor) -> None:
+        """One step of the rate model alone, while the weights of a checkpoint wait for it."""
+        with torch.no_grad():
+            latent = self.network.encode(x_B3HW)
+        _, bits = self.rate(latent, step_B, state_B)
+        self.optimiser.zero_grad(set_to_none=True)
+        (bits / bits.detach()).mean().backward()
+        self.optimiser.step()
+        self.step += 1
 
     def _remember(self, losses: Tensor, states: Tensor) -> None:
         for loss, state in zip(losses.tolist(), states.tolist(), strict=True):
@@ -325,7 +384,7 @@ class _Trainer:
         partial.replace(self.folder / PROGRESS_FILE)
 
     def _load(self, progress: dict[str, Any]) -> None:
-        if progress["network"] != self.config.to_dict():
+        if NetworkConfig.from_dict(progress["network"]) != self.config:
             raise WeightsError(str(self.folder), "the run was started with another network shape")
         tensors = load_file(self.folder / STATE_FILE)
         self.step = int(progress["step"])
@@ -343,11 +402,63 @@ class _Trainer:
         self.optimiser.load_state_dict(state)
 
 
+class Distortion:
+    """Squared error, structure and features of a batch, in the proportions of the options."""
+
+    def __init__(self, options: TrainOptions, device: torch.device, teacher: Path | None) -> None:
+        self._semantics = options.semantics if teacher is not None else 0.0
+        self._structure = options.structure
+        self._teacher = FeatureTeacher(teacher).to(device) if teacher is not None else None
+        self._distance = StructuralDistance(options.crop, device) if options.structure else None
+
+    def __call__(
+        self, x_B3HW: Tensor, decoded_B3HW: Tensor, seen_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean squared error and distortion of each image, both ``[B]``.
+
+        ``seen_B`` is False for images whose distortion is the squared error alone.
+        """
+        error = (decoded_B3HW - x_B3HW).square().mean((1, 2, 3))
+        mixed = (1 - self._structure - self._semantics) * error
+        if self._distance is not None:
+            distance = self._distance(x_B3HW, decoded_B3HW)
+            mixed = mixed + self._structure * STRUCTURE_UNIT * distance
+        if self._teacher is not None and self._semantics:
+            # At half size, as analysis networks see photographs; every other image, for its cost.
+            pair = (F.avg_pool2d(images[::2], 2) for images in (x_B3HW, decoded_B3HW))
+            every_other = torch.zeros_like(mixed)
+            every_other[::2] = 2 * SEMANTICS_UNIT * self._teacher.distance(*pair)
+            mixed = mixed + self._semantics * every_other
+        return error, torch.where(seen_B, mixed, error)
+
+
+def grow_from(
+    network: CodecNetwork, config: NetworkConfig, weights: dict[str, Tensor], *, name: str
+) -> None:
+    """Give a network the weights of one that is as deep or less deep, which it then equals.
+
+    The human view, which is trained after everything else, is left out.
+
+    Raises:
+        WeightsError: the shapes differ in more than depth, or a tensor is missing.
+    """
+    wanted, found = network.config.to_dict(), config.to_dict()
+    for field, value in found.items():
+        grown = field in GROWING_FIELDS and wanted[field] > value
+        added = field == "gain_hidden" and value == 0
+        if wanted[field] != value and not (grown or added or field.startswith("human_")):
+            raise WeightsError(name, f"its {field} is {value}, wanted {wanted[field]}")
+    core = CodecNetwork(dataclasses.replace(config, human_width=0)).state_dict().keys()
+    if missing := core - weights.keys():
+        raise WeightsError(name, f"{', '.join(sorted(missing))} missing")
+    network.load_state_dict({key: weights[key].float() for key in core}, strict=False)
+
+
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _schedule(done: float, step: int) -> float:
-    """Warm up over 200 steps, stay, and fall to 2 % along a cosine over the last 60 %."""
+def _schedule(done: float, warmed_up: float) -> float:
+    """Rise, stay, and fall to 2 % along a cosine over the last 60 %."""
     fall = min(1.0, max(0.0, (done - 0.4) / 0.6))
-    return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
+    return warmed_up * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))

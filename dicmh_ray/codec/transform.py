@@ -89,6 +89,34 @@ class BottleneckBlock(nn.Module):
         return x_BChw + self.expand(F.leaky_relu(hidden, 0.1, inplace=True))
 
 
+class ActivityGain(nn.Module):
+    """A gain for each coefficient from the activity around it: what divisive normalisation does.
+
+    The encoder divides by it, so that busy places, which hide errors, get coarser steps; the
+    decoder multiplies by its own estimate, from dequantised coefficients and the state. Starts at 1.
+    """
+
+    MAX_LOG = 1.5
+    """The gain stays within ``exp(-1.5) .. exp(1.5)``."""
+
+    def __init__(self, channels: int, hidden: int, *, num_states: int = 0) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, hidden, 1)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.expand = nn.Conv2d(hidden, channels, 1)
+        self.film = StateFilm(num_states, hidden) if num_states else None
+        nn.init.zeros_(self.expand.weight)
+        nn.init.zeros_(_bias(self.expand))
+
+    def forward(self, y_BCij: Tensor, state_B: Tensor | None = None) -> Tensor:
+        """Logarithm of the gain, ``[B, C, i, j]``."""
+        hidden = self.conv(F.leaky_relu(self.reduce(y_BCij.abs().log1p()), 0.1, inplace=True))
+        if self.film is not None:
+            hidden = self.film(hidden, state_B)
+        log_gain = self.expand(F.leaky_relu(hidden, 0.1, inplace=True))
+        return self.MAX_LOG * torch.tanh(log_gain / self.MAX_LOG)
+
+
 class StateFilm(nn.Module):
     """A scale and a shift for each channel and diffusion state; starts as the identity."""
 
@@ -138,6 +166,20 @@ class PatchAutoencoder(nn.Module):
         """z -> sample values, float ``[B, 3, H, W]``, not clamped."""
         x: Tensor = self.synthesis(z_BChw * self.z_scale[:, None, None])
         return x + 128.0
+
+    def residual(self, z_BChw: Tensor) -> Tensor:
+        """What adding ``z_BChw`` to z adds to the decoded samples, ``[B, 3, H, W]``."""
+        return F.conv_transpose2d(
+            z_BChw * self.z_scale[:, None, None],
+            self.synthesis.weight,
+            stride=PATCH,
+            padding=PATCH // 2,
+        )
+
+    def project(self, x_B3HW: Tensor) -> Tensor:
+        """About the inverse of :meth:`residual`: differences of samples -> differences of z."""
+        z = F.conv2d(x_B3HW, self.analysis.weight, stride=PATCH, padding=PATCH // 2)
+        return z / self.z_scale[:, None, None]
 
 
 def _bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
