@@ -19,6 +19,7 @@
     + CodecMismatchError
     + EncodeError
     + WeightsError
+    + ViewError             the checkpoint draws no such view: ask for another
   x ArchiveError
     + ArchiveNotFoundError
     + PlanConflictError     another job owns this archive: choose another name or its settings
@@ -29,6 +30,7 @@
     + WhereError            the filter text is wrong
     + CommitFailedError     nothing was published: safe to retry
     + CommitUnknownError    may have been published: read the commit, then decide
+  x NetError                a net that judges pictures is not usable as described
   x JobError
     + FailureBudgetError    too many images failed: look at the report, then resume
   x MissingExtraError       an optional dependency is not installed: the message says how
@@ -211,6 +213,17 @@ class WeightsError(CodecError):
         return f"checkpoint {self.checkpoint}: {self.reason}"
 
 
+class ViewError(CodecError):
+    """A checkpoint does not draw the view that was asked for."""
+
+    def __init__(self, view: str, offered: str) -> None:
+        super().__init__(view, offered)
+        self.view, self.offered = view, offered
+
+    def __str__(self) -> str:
+        return f"view is {self.view!r}, this checkpoint offers {self.offered}"
+
+
 class ArchiveError(DicmhError):
     """An archive cannot be written or read as asked."""
 
@@ -318,6 +331,17 @@ class CommitUnknownError(ArchiveError):
 
     def __str__(self) -> str:
         return f"{self.name} may have been published: {self.reason}"
+
+
+class NetError(DicmhError):
+    """A net that judges pictures cannot be used as it is described."""
+
+    def __init__(self, net: str, reason: str) -> None:
+        super().__init__(net, reason)
+        self.net, self.reason = net, reason
+
+    def __str__(self) -> str:
+        return f"net {self.net}: {self.reason}"
 
 
 class JobError(DicmhError):

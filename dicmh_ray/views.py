@@ -253,12 +253,14 @@ class ImageView:
         first frame of several, the upper eight of sixteen bits.
 
         Args:
-            view: ``"machine"``: the faithful decode.
+            view: ``"machine"``: the faithful decode; ``"human"``: detail that the stream does not
+                hold is generated, so the picture is for looking at, never evidence or data.
             states: decode from the first ones only; None means all.
 
         Raises:
             UnreadableImageError: the source could not be read, so there is no picture.
             BitstreamError: the stream is damaged.
+            ViewError: the archive's checkpoint does not draw this view.
         """
         if self.row.prefix_bytes:
             return self._archive.codec.decode([self.bitstream(states)], view=view)[0]

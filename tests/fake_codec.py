@@ -22,6 +22,7 @@ class FakeCodec:
         self.codec_id = codec_id
         self.num_states = len(KEEP_BITS)
         self.latent_channels = 3
+        self.views = ("machine", "human")
         self.num_encoded = 0
         self.num_decoded = 0
 
@@ -57,7 +58,8 @@ class FakeCodec:
         self, bitstreams: Sequence[bytes], *, states: int | None = None, view: str = "machine"
     ) -> list[npt.NDArray[np.uint8]]:
         self.num_decoded += len(bitstreams)
-        return [self._decode_one(data, states) for data in bitstreams]
+        images = [self._decode_one(data, states) for data in bitstreams]
+        return [255 - image for image in images] if view == "human" else images
 
     def decode_latent(
         self, bitstreams: Sequence[bytes], *, states: int | None = None

@@ -43,6 +43,7 @@ class View(StrEnum):
     """What is written of an image."""
 
     MACHINE = "machine"
+    HUMAN = "human"
     LATENT = "latent"
     ORIGINAL = "original"
 
@@ -255,7 +256,7 @@ def decode(
     states: Annotated[
         int | None, typer.Option(min=1, help="Decode from the first states only, where there are.")
     ] = None,
-    view: Annotated[View, typer.Option(help="Picture, latent (npy), or kept source bytes.")] = (
+    view: Annotated[View, typer.Option(help="Faithful or generated picture, latent (npy), or source bytes.")] = (
         View.MACHINE
     ),
     format: Annotated[Format, typer.Option(help="Of pictures.")] = Format.PNG,

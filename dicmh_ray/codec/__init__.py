@@ -48,6 +48,10 @@ class ImageCodec(Protocol):
     latent_channels: int
     """C of the decoded latent."""
 
+    views: tuple[str, ...]
+    """What ``decode`` can draw: ``"machine"``, the faithful estimate, and with some checkpoints
+    ``"human"``, a picture whose detail is generated."""
+
     def encode(
         self,
         images: Sequence[npt.NDArray[np.uint8]],
@@ -75,6 +79,7 @@ class ImageCodec(Protocol):
 
         Raises:
             BitstreamError: the bytes are bad.
+            ViewError: ``view`` is not one of :attr:`views`.
             CodecMismatchError: another checkpoint wrote them.
         """
 

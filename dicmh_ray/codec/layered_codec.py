@@ -38,6 +38,7 @@ from dicmh_ray.errors import (
     EncodeError,
     InvalidHeaderError,
     SymbolError,
+    ViewError,
     WeightsError,
 )
 
@@ -123,7 +124,7 @@ class LayeredCodec:
         self, bitstreams: Sequence[bytes], *, states: int | None = None, view: str = "machine"
     ) -> list[npt.NDArray[np.uint8]]:
         if view not in self.views:
-            raise ValueError(f"view is {view!r}, this checkpoint offers {', '.join(self.views)}")
+            raise ViewError(view, ", ".join(self.views))
         images = []
         for data in bitstreams:
             header, symbols, count = self._recall(data, states)
@@ -287,7 +288,7 @@ class LayeredCodec:
         """Machine estimate of a window of one picture -> human estimate."""
         restorer = self._network.human
         if restorer is None:
-            raise ValueError("this checkpoint has no human view")
+            raise ViewError("human", ", ".join(self.views))
         rows = (2 * down.outer_start, 2 * down.outer_stop)
         columns = (2 * across.outer_start, 2 * across.outer_stop)
         normals = restorer.normals.cpu().numpy()

@@ -18,6 +18,7 @@ from dicmh_ray.codec.layered_codec import LayeredCodec
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.tables import ContextTables
 from dicmh_ray.codec.training import grow_from
+from dicmh_ray.errors import ViewError
 from tests.codec.test_layered_codec import picture
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
@@ -61,10 +62,10 @@ def encode(codec: LayeredCodec, image: np.ndarray, *tags: str) -> bytes:
 def test_the_views_of_a_checkpoint_are_what_it_can_draw(codec: LayeredCodec) -> None:
     assert codec.views == ("machine", "human")
     assert load_codec(GOLDEN, device="cpu").views == ("machine",)
-    with pytest.raises(ValueError, match="offers machine, human"):
+    with pytest.raises(ViewError, match="offers machine, human"):
         codec.decode([encode(codec, picture(20, 20))], view="x-ray")
     golden = load_codec(GOLDEN, device="cpu")
-    with pytest.raises(ValueError, match="offers machine"):
+    with pytest.raises(ViewError, match="offers machine"):
         golden.decode([encode(golden, picture(20, 20))], view="human")
 
 
