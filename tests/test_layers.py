@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
     "recipe": FLOOR | {"codec", "numpy", "source"},
     "ray_plugin": LOW | {"codec", "numpy", "pipeline", "pyarrow", "ray", "views"},
-    "bench": LOW | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "views"},
+    "bench": LOW
+    | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "onnx", "onnxruntime", "pillow_jxl"}
+    | {"views"},
     "cli": LOW
     | {"PIL", "bench", "codec", "dicmh_ray", "numpy", "pipeline", "ray_plugin", "rich", "typer"}
     | {"recipe", "views"},
@@ -46,7 +48,10 @@ LAZY = {
     ("cli/__init__.py", "dicmh_ray.cli.writing"): "the same",
     ("ray_plugin/__init__.py", "dicmh_ray.ray_plugin.run"): "the ray extra, when Ray is asked for",
     ("bench/bd_rate.py", "bjontegaard"): "the bench extra",
-    ("bench/plots.py", "matplotlib"): "the bench extra",
+    ("bench/onnx_net.py", "onnx"): "the same",
+    ("bench/onnx_net.py", "onnxruntime"): "the same",
+    ("bench/peers.py", "pillow_jxl"): "the same",
+    ("bench/plots.py", "matplotlib"): "the same",
 }
 """The imports inside functions, each with its reason: an optional extra, or a heavy start."""
 

@@ -19,7 +19,7 @@ class BdRate:
     anchor: str
 
     metric: str
-    """``"psnr"`` or ``"ms_ssim"``, both in dB."""
+    """One of :mod:`dicmh_ray.bench.metrics`, in dB."""
 
     percent: float | None
     """Over all qualities both reach; None where the curves share none."""
@@ -32,11 +32,6 @@ class BdRate:
 
     headline_range: tuple[float, float] | None
     """dB: the interval ``headline_percent`` averages over."""
-
-
-def ms_ssim_db(ms_ssim: float) -> float:
-    """MS-SSIM (0..1) on the scale where equal steps look equal: ``-10 log10(1 - x)`` dB."""
-    return -10 * math.log10(max(1 - ms_ssim, 1e-10))
 
 
 def load_bjontegaard() -> ModuleType:

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from PIL import features
 
-PACKAGES = ("dicmh_ray", "numpy", "pillow", "torch", "constriction", "compressai", "bjontegaard")
+PACKAGES = (
+    "dicmh_ray",
+    "numpy",
+    "pillow",
+    "pillow-jxl-plugin",
+    "torch",
+    "constriction",
+    "compressai",
+    "bjontegaard",
+    "onnxruntime",
+)
 PILLOW_LIBRARIES = ("libjpeg_turbo", "webp", "avif")
 
 

@@ -1,7 +1,8 @@
 """The codecs everyone has, through Pillow, at their good settings rather than their defaults."""
 
+import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,18 @@ class Peer:
     format: str
     """Pillow's name of the format."""
 
-    feature: str
-    """Pillow's name of the library, to find out whether this build has it."""
+    feature: str | None
+    """Pillow's name of the library, to find out whether this build has it; None for a plugin."""
 
     qualities: tuple[int, ...]
-    """Arguments of ``quality``, ascending."""
+    """Arguments of ``quality`` for a curve, ascending."""
+
+    best_quality: int
+    """The largest argument that means anything."""
+
+    typical: Sequence[tuple[int, float]]
+    """Quality and bits per pixel of an ordinary photograph, ascending. Only a search for a size
+    starts from it, so it may be wrong without harm."""
 
     variants: tuple[Mapping[str, Any], ...]
     """Other arguments of ``save``. With several, all are tried and the smallest file counts; the
@@ -51,7 +59,9 @@ PEERS = (
         name="JPEG",
         format="JPEG",
         feature="jpg",
-        qualities=(3, 5, 8, 12, 18, 25, 35, 45, 55, 65, 75, 85, 92),
+        qualities=(3, 6, 10, 16, 25, 40, 60, 80, 92),
+        best_quality=95,
+        typical=((1, 0.08), (5, 0.14), (12, 0.3), (25, 0.53), (45, 0.8), (65, 1.08), (92, 2.43)),
         variants=(
             {"optimize": True, "subsampling": "4:2:0"},
             {"optimize": True, "subsampling": "4:2:0", "progressive": True},
@@ -61,21 +71,42 @@ PEERS = (
         name="WebP",
         format="WEBP",
         feature="webp",
-        qualities=(0, 3, 8, 15, 25, 40, 55, 70, 80, 88, 94),
+        qualities=(0, 5, 15, 30, 50, 70, 85, 94),
+        best_quality=100,
+        typical=((0, 0.10), (3, 0.19), (15, 0.33), (40, 0.58), (70, 0.88), (88, 1.7), (100, 4.0)),
         variants=({"method": 6},),
     ),
     Peer(
         name="AVIF",
         format="AVIF",
         feature="avif",
-        qualities=(5, 14, 24, 36, 48, 60, 74),
+        qualities=(5, 16, 28, 42, 58, 74),
+        best_quality=100,
+        typical=((0, 0.06), (5, 0.073), (14, 0.123), (24, 0.19), (36, 0.31), (48, 0.53), (74, 1.4)),
         variants=({"speed": 4, "subsampling": "4:2:0", "max_threads": 1},),
+    ),
+    Peer(
+        name="JPEG XL",
+        format="JXL",
+        feature=None,
+        qualities=(0, 8, 20, 40, 60, 76, 88),
+        best_quality=100,
+        typical=((0, 0.15), (5, 0.19), (30, 0.39), (60, 0.65), (76, 0.95), (90, 1.8), (100, 5.0)),
+        variants=({"effort": 7, "num_threads": 1},),
     ),
 )
 """Optimised Huffman tables, the smaller of baseline and progressive JPEG; WebP's slowest search;
-AVIF at a speed an archive would choose, on one thread so that seconds compare."""
+AVIF at a speed an archive would choose and JPEG XL at libjxl's own default effort, both on one
+thread so that seconds compare."""
 
 
 def available_peers() -> tuple[Peer, ...]:
-    """Those of ``PEERS`` that this build of Pillow can write."""
-    return tuple(peer for peer in PEERS if features.check(peer.feature))
+    """Those of ``PEERS`` that this Pillow, with the plugins of the ``bench`` extra, can write."""
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401  (it registers itself with Pillow)
+    Image.init()
+    return tuple(
+        peer
+        for peer in PEERS
+        if (features.check(peer.feature) if peer.feature else peer.format in Image.SAVE)
+    )

@@ -1,43 +1,40 @@
-"""Rate and distortion of a codec's states, and of its peers, on a folder of images.
+"""Rate and distortion of a codec's states, and of its peers, on a set of pictures.
 
 Every method codes exactly the same pictures; an image that one of them cannot code is left out for
-all and named in the report. Images are taken one at a time, so memory holds one image's sweep.
+all and named in the report. Pictures are taken a few at a time, so memory holds few sweeps.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from dicmh_ray.bench.bd_rate import BdRate, bd_rate, load_bjontegaard, ms_ssim_db
+from dicmh_ray.bench.bd_rate import BdRate, bd_rate, load_bjontegaard
 from dicmh_ray.bench.environment import Environment, describe_environment
+from dicmh_ray.bench.metrics import Gauge, NetRecord, Yardstick, decibels, is_curve, means
 from dicmh_ray.bench.peers import Peer, available_peers
-from dicmh_ray.bitstream import prefix_bytes
+from dicmh_ray.bench.subject import (
+    Decoded,
+    Progress,
+    Subject,
+    find_images,
+    for_each_picture,
+    set_name,
+)
 from dicmh_ray.codec import ImageCodec
-from dicmh_ray.errors import EncodeError, SourceImageError, SourceNotFoundError
-from dicmh_ray.source import load_pixels
-
-SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-Image = npt.NDArray[np.uint8]
-Progress = Callable[[int, int, str], None]
-"""Called as ``progress(images done, images in all, name of the image just done)``."""
+from dicmh_ray.errors import SourceNotFoundError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RdOptions:
+class BenchOptions:
     """What is compared, and how."""
 
     name: str = "dicmh"
-    """The codec's name in the report."""
+    """The codec's name in the report; other views than the machine's follow it."""
 
-    view: str = "machine"
-    """The codec's view that is measured."""
+    views: tuple[str, ...] = ("machine",)
+    """The codec's views that are measured."""
 
     peers: tuple[Peer, ...] = field(default_factory=available_peers)
     """Compared with. The first is the anchor of the others' BD-rates."""
@@ -45,20 +42,31 @@ class RdOptions:
     headline_bpp: tuple[float, float] = (0.1, 1.0)
     """The rates over which the headline BD-rate averages."""
 
+    near_bpp: tuple[float, ...] = (0.05, 0.15, 0.3, 0.5)
+    """At equal bytes, the states nearest to these mean rates are compared."""
+
     max_images: int | None = None
     """Take only the first ones, in order of name."""
 
-    peer_threads: int = 2
-    """Peer settings coded at once (Pillow's encoders release the interpreter lock). Seconds are
-    honest as long as the machine has that many idle cores; 1 for a quiet measurement."""
+    threads: int = 2
+    """Pictures at once. Seconds are honest as long as the machine has that many idle cores."""
+
+    teachers: frozenset[str] = frozenset()
+    """SHA-256 of the weights whose features were a loss when the codec was trained."""
 
     def __post_init__(self) -> None:
         if not 0 < self.headline_bpp[0] < self.headline_bpp[1]:
             raise ValueError(f"headline_bpp is {self.headline_bpp}, wanted 0 < low < high")
-        if self.peer_threads < 1 or (self.max_images is not None and self.max_images < 1):
-            raise ValueError("peer_threads and max_images are at least 1")
-        if self.name in {peer.name for peer in self.peers}:
+        if self.threads < 1 or (self.max_images is not None and self.max_images < 1):
+            raise ValueError("threads and max_images are at least 1")
+        if not self.views or not self.near_bpp or min(self.near_bpp) <= 0:
+            raise ValueError("views and near_bpp have at least one entry, each rate above 0")
+        if set(map(self.method, self.views)) & {peer.name for peer in self.peers}:
             raise ValueError(f"{self.name!r} is the name of a peer")
+
+    def method(self, view: str) -> str:
+        """What one of our views is called in reports."""
+        return self.name if view == "machine" else f"{self.name} {view}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,10 +86,9 @@ class Measurement:
     num_pixels: int
     """H x W of the unpadded picture."""
 
-    psnr: float
-    """dB, RGB."""
+    metrics: Mapping[str, float]
+    """See :mod:`dicmh_ray.bench.metrics`."""
 
-    ms_ssim: float | None
     encode_s: float
     """For a state, the time of the full stream: the codec writes all states at once."""
 
@@ -101,18 +108,16 @@ class Point:
     setting: str
     num_images: int
     bpp: float
-    psnr: float
-    ms_ssim: float | None
-    """Mean over the images large enough to have one."""
+    metrics: Mapping[str, float]
+    """Each the mean over the images that have it."""
 
     encode_s: float
     decode_s: float
 
     def quality(self, metric: str) -> float | None:
-        """The value in dB of ``"psnr"`` or ``"ms_ssim"``."""
-        if metric == "psnr":
-            return self.psnr
-        return None if self.ms_ssim is None else ms_ssim_db(self.ms_ssim)
+        """A metric in dB, more being better (:func:`dicmh_ray.bench.metrics.decibels`)."""
+        value = self.metrics.get(metric)
+        return None if value is None else decibels(metric, value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,83 +128,109 @@ class RdReport:
     """The codec's name among the methods."""
 
     codec_id: str
-    folder: str
+    pictures: str
+    """What the set is called."""
+
     num_images: int
     skipped: tuple[tuple[str, str], ...]
     """Images left out, each with its reason."""
 
     headline_bpp: tuple[float, float]
+    judges: tuple[NetRecord, ...]
     points: tuple[Point, ...]
     bd_rates: tuple[BdRate, ...]
     environment: Environment
     measurements: tuple[Measurement, ...]
 
-
-def find_images(folder: str | Path) -> list[Path]:
-    """The image files below a folder, by suffix, in order of name.
-
-    Raises:
-        SourceNotFoundError: there is none.
-    """
-    paths = [path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES]
-    if not paths:
-        raise SourceNotFoundError(str(folder))
-    return sorted(path for path in paths if path.is_file())
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that have curves."""
+        names = dict.fromkeys(name for point in self.points for name in point.metrics)
+        return tuple(name for name in names if is_curve(name))
 
 
-def evaluate_folder(
-    folder: str | Path,
+def evaluate_rd(
+    sources: Sequence[str | Path],
     codec: ImageCodec,
     *,
-    options: RdOptions | None = None,
+    options: BenchOptions | None = None,
+    gauge: Gauge | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> RdReport:
     """Measure a codec at each of its states, and its peers over their sweeps.
 
     Args:
-        folder: holds the images, at any depth.
+        sources: image files, and folders that hold some at any depth.
         codec: all its states are measured.
-        options: see :class:`RdOptions`.
+        options: see :class:`BenchOptions`.
+        gauge: what is measured beside PSNR and MS-SSIM.
         command: what the user typed, for the report.
         progress: called after each image.
 
     Raises:
-        SourceNotFoundError: the folder holds no image that every method can code.
+        SourceNotFoundError: there is no image that every method can code.
         MissingExtraError: the ``bench`` extra is not installed.
     """
-    options = options or RdOptions()
+    options, gauge = options or BenchOptions(), gauge or Gauge(codec)
     load_bjontegaard()  # now, not after an hour of measuring
-    paths = find_images(folder)[: options.max_images]
-    measurements: list[Measurement] = []
-    skipped: list[tuple[str, str]] = []
-    with ThreadPoolExecutor(options.peer_threads) as pool:
-        for done, path in enumerate(paths, start=1):
-            name = path.relative_to(folder).as_posix()
-            try:
-                image = load_pixels(path.read_bytes()).image
-                ours = list(_measure_codec(name, image, codec, options))
-            except (SourceImageError, EncodeError) as exc:
-                skipped.append((name, str(exc)))
-            else:
-                measurements += ours
-                measurements += _measure_peers(name, image, codec, options, pool)
-            if progress is not None:
-                progress(done, len(paths), name)
-    if not measurements:
-        raise SourceNotFoundError(str(folder))
+    found, skipped = for_each_picture(
+        find_images(sources)[: options.max_images],
+        codec,
+        lambda subject: sweep(subject, gauge.look_at(subject), options),
+        peers=options.peers,
+        threads=options.threads,
+        progress=progress,
+    )
+    return rd_report(
+        found, skipped, codec, options, gauge, pictures=set_name(sources), command=command
+    )
+
+
+def sweep(subject: Subject, yardstick: Yardstick, options: BenchOptions) -> tuple[Measurement, ...]:
+    """Measure one picture at every state of every view, and at every quality of every peer."""
+    return tuple(
+        Measurement(
+            method=method,
+            setting=setting,
+            image=subject.name,
+            num_bytes=decoded.num_bytes,
+            num_pixels=subject.num_pixels,
+            metrics=yardstick.measure(method, setting, decoded),
+            encode_s=decoded.encode_s,
+            decode_s=decoded.decode_s,
+        )
+        for method, setting, decoded in _settings(subject, options)
+    )
+
+
+def rd_report(
+    found: Sequence[Sequence[Measurement]],
+    skipped: tuple[tuple[str, str], ...],
+    codec: ImageCodec,
+    options: BenchOptions,
+    gauge: Gauge,
+    *,
+    pictures: str,
+    command: str,
+) -> RdReport:
+    """Average the sweeps of all pictures. Raises SourceNotFoundError if there are none."""
+    if not found:
+        raise SourceNotFoundError(pictures)
+    measurements = tuple(one for sweep in found for one in sweep)
     points = average(measurements)
     return RdReport(
         codec=options.name,
         codec_id=codec.codec_id,
-        folder=str(folder),
-        num_images=len(paths) - len(skipped),
-        skipped=tuple(skipped),
+        pictures=pictures,
+        num_images=len(found),
+        skipped=skipped,
         headline_bpp=options.headline_bpp,
+        judges=gauge.records(options.teachers),
         points=points,
         bd_rates=tuple(_compare(points, options)),
         environment=describe_environment(command),
-        measurements=tuple(measurements),
+        measurements=measurements,
     )
 
 
@@ -208,85 +239,40 @@ def average(measurements: Sequence[Measurement]) -> tuple[Point, ...]:
     groups: dict[tuple[str, str], list[Measurement]] = {}
     for one in measurements:
         groups.setdefault((one.method, one.setting), []).append(one)
-    points = []
-    for (method, setting), group in groups.items():
-        ms_ssims = [one.ms_ssim for one in group if one.ms_ssim is not None]
-        points.append(
-            Point(
-                method=method,
-                setting=setting,
-                num_images=len(group),
-                bpp=_mean([one.bpp for one in group]),
-                psnr=_mean([one.psnr for one in group]),
-                ms_ssim=_mean(ms_ssims) if ms_ssims else None,
-                encode_s=_mean([one.encode_s for one in group]),
-                decode_s=_mean([one.decode_s for one in group]),
-            )
+    return tuple(
+        Point(
+            method=method,
+            setting=setting,
+            num_images=len(group),
+            bpp=float(np.mean([one.bpp for one in group])),
+            metrics=means([one.metrics for one in group]),
+            encode_s=float(np.mean([one.encode_s for one in group])),
+            decode_s=float(np.mean([one.decode_s for one in group])),
         )
-    return tuple(points)
+        for (method, setting), group in groups.items()
+    )
 
 
-def _measure_codec(
-    name: str, image: Image, codec: ImageCodec, options: RdOptions
-) -> Iterator[Measurement]:
-    start = time.perf_counter()
-    (stream,) = codec.encode([image], tags=[()], exif_orientations=[1])
-    encode_s = time.perf_counter() - start
-    for k, end in enumerate(prefix_bytes(stream), start=1):
-        start = time.perf_counter()
-        (decoded,) = codec.decode([stream[:end]], view=options.view)
-        decode_s = time.perf_counter() - start
-        (quality,) = codec.measure([image], [decoded])
-        yield Measurement(
-            method=options.name,
-            setting=f"state {k}",
-            image=name,
-            num_bytes=end,
-            num_pixels=image.shape[0] * image.shape[1],
-            psnr=quality.psnr,
-            ms_ssim=quality.ms_ssim,
-            encode_s=encode_s,
-            decode_s=decode_s,
-        )
+def _settings(subject: Subject, options: BenchOptions) -> Iterator[tuple[str, str, Decoded]]:
+    for view in options.views:
+        for state in range(1, len(subject.prefix_bytes) + 1):
+            yield options.method(view), f"state {state}", subject.ours(state, view)
+    for peer in options.peers:
+        for quality in peer.qualities:
+            yield peer.name, f"q {quality}", subject.peer(peer.name, quality)
 
 
-def _measure_peers(
-    name: str, image: Image, codec: ImageCodec, options: RdOptions, pool: Executor
-) -> Iterator[Measurement]:
-    settings = [(peer, quality) for peer in options.peers for quality in peer.qualities]
-    coded = pool.map(lambda setting: _code_with_peer(image, *setting), settings)
-    # Qualities are measured here, between results: a codec belongs to one thread.
-    for (peer, setting), (num_bytes, decoded, encode_s, decode_s) in zip(
-        settings, coded, strict=True
-    ):
-        (quality,) = codec.measure([image], [decoded])
-        yield Measurement(
-            method=peer.name,
-            setting=f"q {setting}",
-            image=name,
-            num_bytes=num_bytes,
-            num_pixels=image.shape[0] * image.shape[1],
-            psnr=quality.psnr,
-            ms_ssim=quality.ms_ssim,
-            encode_s=encode_s,
-            decode_s=decode_s,
-        )
-
-
-def _code_with_peer(image: Image, peer: Peer, quality: int) -> tuple[int, Image, float, float]:
-    start = time.perf_counter()
-    data = peer.encode(image, quality)
-    middle = time.perf_counter()
-    decoded = peer.decode(data)
-    return len(data), decoded, middle - start, time.perf_counter() - middle
-
-
-def _compare(points: Sequence[Point], options: RdOptions) -> Iterator[BdRate]:
-    """The codec against every peer, and every other peer against the first."""
+def _compare(points: Sequence[Point], options: BenchOptions) -> Iterator[BdRate]:
+    """Each view against every peer, and every other peer against the first."""
     peers = [peer.name for peer in options.peers]
-    pairs = [(options.name, peer) for peer in peers] + [(peer, peers[0]) for peer in peers[1:]]
+    ours = [options.method(view) for view in options.views]
+    pairs = [(one, peer) for one in ours for peer in peers]
+    pairs += [(peer, peers[0]) for peer in peers[1:]]
+    metrics = [
+        name for name in dict.fromkeys(n for p in points for n in p.metrics) if is_curve(name)
+    ]
     for test, anchor in pairs:
-        for metric in ("psnr", "ms_ssim"):
+        for metric in metrics:
             curves = [_curve(points, method, metric) for method in (anchor, test)]
             if not all(curves):
                 continue
@@ -304,13 +290,8 @@ def _compare(points: Sequence[Point], options: RdOptions) -> Iterator[BdRate]:
 
 
 def _curve(points: Sequence[Point], method: str, metric: str) -> list[tuple[float, float]]:
-    curve = []
-    for point in points:
-        quality = point.quality(metric)
-        if point.method == method and quality is not None:
-            curve.append((point.bpp, quality))
-    return curve
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return [
+        (point.bpp, quality)
+        for point in points
+        if point.method == method and (quality := point.quality(metric)) is not None
+    ]

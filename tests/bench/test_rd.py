@@ -11,32 +11,11 @@ import pytest
 from PIL import Image
 
 from dicmh_ray import bench
-from dicmh_ray.bench.bd_rate import bd_rate, ms_ssim_db
+from dicmh_ray.bench.bd_rate import bd_rate
 from dicmh_ray.bench.rd import average
-from dicmh_ray.codec import Quality
 from dicmh_ray.errors import MissingExtraError, SourceNotFoundError
+from tests.bench.tiny import JPEG, QUICK, CodecWithMsSsim, a_picture
 from tests.fake_codec import POISON, FakeCodec
-
-JPEG, WEBP, AVIF = bench.PEERS
-QUICK = tuple(dataclasses.replace(peer, qualities=(10, 40, 80)) for peer in (JPEG, WEBP))
-
-
-def a_picture(height=40, width=56, seed=0):
-    """Smooth waves and a little noise: something that compresses, but not to nothing."""
-    y, x = np.mgrid[:height, :width] / 9
-    waves = np.stack([np.sin(x + seed), np.sin(y), np.cos(x - y)], axis=2) * 100 + 128
-    noise = np.random.default_rng(seed).normal(0, 6, waves.shape)
-    return (waves + noise).clip(0, 255).astype(np.uint8)
-
-
-class CodecWithMsSsim(FakeCodec):
-    """Gives every pair an MS-SSIM, so that both metrics have curves."""
-
-    def measure(self, originals, decoded):
-        return [
-            Quality(one.psnr, one.worst_tile_psnr, 1 - 10 ** (-one.psnr / 15))
-            for one in super().measure(originals, decoded)
-        ]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +33,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(folder):
     seen = []
-    made = bench.evaluate_folder(
-        folder,
+    made = bench.evaluate_rd(
+        [folder],
         CodecWithMsSsim(),
-        options=bench.RdOptions(peers=QUICK),
+        options=bench.BenchOptions(peers=QUICK, threads=1),
         command="dicmh bench rd photos",
         progress=lambda *step: seen.append(step),
     )
@@ -87,7 +66,7 @@ def test_rates_are_all_bytes_over_the_unpadded_area(report, folder):
     ours = [one for one in report.measurements if one.image == "a.png" and one.method == "dicmh"]
     assert ours[-1].num_bytes == len(stream)
     assert ours[-1].bpp == 8 * len(stream) / (40 * 56)
-    assert ours[-1].psnr == 100
+    assert ours[-1].metrics["psnr"] == 100
     assert [one.bpp for one in ours] == sorted(one.bpp for one in ours)
     jpeg = next(
         one
@@ -104,14 +83,13 @@ def test_averages_are_means_and_leave_out_what_was_not_measured():
         image="i",
         num_bytes=10,
         num_pixels=80,
-        psnr=30,
-        ms_ssim=None,
+        metrics={"psnr": 30},
         encode_s=1,
         decode_s=2,
     )
-    other = dataclasses.replace(one, num_bytes=30, psnr=40, ms_ssim=0.9, encode_s=3)
+    other = dataclasses.replace(one, num_bytes=30, metrics={"psnr": 40, "ms_ssim": 0.9}, encode_s=3)
     (point,) = average([one, other])
-    assert (point.bpp, point.psnr, point.ms_ssim) == (2, 35, 0.9)
+    assert (point.bpp, point.metrics) == (2, {"psnr": 35, "ms_ssim": 0.9})
     assert (point.num_images, point.encode_s, point.decode_s) == (2, 2, 2)
     assert average([one])[0].quality("ms_ssim") is None
 
@@ -181,15 +159,10 @@ def test_points_that_cost_more_without_being_better_do_not_bend_a_curve():
     assert bd_rate(a_curve(), bumpy)[0] == pytest.approx(0)
 
 
-def test_ms_ssim_in_db_is_finite_for_identical_pictures():
-    assert ms_ssim_db(0.99) == pytest.approx(20)
-    assert ms_ssim_db(1.0) == pytest.approx(100)
-
-
 def test_the_report_compares_us_with_every_peer_and_peers_with_the_first(report):
     pairs = {(one.test, one.anchor) for one in report.bd_rates}
     assert pairs == {("dicmh", "JPEG"), ("dicmh", "WebP"), ("WebP", "JPEG")}
-    assert {one.metric for one in report.bd_rates} == {"psnr", "ms_ssim"}
+    assert {one.metric for one in report.bd_rates} == {"psnr", "ms_ssim", "ms_ssim_rgb"}
     assert all(one.percent is not None for one in report.bd_rates)
 
 
@@ -201,7 +174,11 @@ def test_a_report_is_written_as_json_markdown_and_plots(report, tmp_path):
     assert [path.name for path in written] == [
         "rd.json",
         "rd.md",
-        *(f"rd-{metric}.{suffix}" for metric in ("psnr", "ms-ssim") for suffix in ("png", "svg")),
+        *(
+            f"rd-{metric}.{suffix}"
+            for metric in ("psnr", "ms-ssim", "ms-ssim-rgb")
+            for suffix in ("png", "svg")
+        ),
     ]
     data = json.loads(written[0].read_text())
     assert data["points"][0]["method"] == "dicmh"
@@ -219,11 +196,11 @@ def test_the_same_report_gives_the_same_files(report, tmp_path):
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def test_without_ms_ssim_its_column_is_empty_and_its_plot_is_absent(folder, tmp_path):
-    options = bench.RdOptions(peers=QUICK[:1], max_images=1, peer_threads=1)
-    report = bench.evaluate_folder(folder, FakeCodec(), options=options)
+def test_without_ms_ssim_its_column_and_its_plot_are_absent(folder, tmp_path):
+    options = bench.BenchOptions(peers=QUICK[:1], max_images=1, threads=1)
+    report = bench.evaluate_rd([folder], FakeCodec(), options=options)
     assert {one.metric for one in report.bd_rates} == {"psnr"}
-    assert bench.tables(report)[1].rows[0][4] == "-"
+    assert "MS-SSIM" not in bench.tables(report)[1].columns
     names = [path.name for path in bench.write_report(report, tmp_path)]
     assert names == ["rd.json", "rd.md", "rd-psnr.png", "rd-psnr.svg"]
 
@@ -246,7 +223,7 @@ def test_the_environment_says_where_when_and_how():
 def test_a_missing_extra_is_one_sentence(report, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bjontegaard", None)
     with pytest.raises(MissingExtraError, match=r"bjontegaard .* 'dicmh_ray\[bench\]'"):
-        bench.evaluate_folder(folder, FakeCodec())
+        bench.evaluate_rd([folder], FakeCodec())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"matplotlib .* 'dicmh_ray\[bench\]'"):
         bench.plot_curves(report, tmp_path)
@@ -254,18 +231,25 @@ def test_a_missing_extra_is_one_sentence(report, folder, tmp_path, monkeypatch):
 
 def test_a_folder_without_usable_images_is_named(tmp_path):
     with pytest.raises(SourceNotFoundError):
-        bench.evaluate_folder(tmp_path, FakeCodec())
+        bench.evaluate_rd([tmp_path], FakeCodec())
     (tmp_path / "bad.png").write_bytes(b"bad")
     with pytest.raises(SourceNotFoundError):
-        bench.evaluate_folder(tmp_path, FakeCodec())
+        bench.evaluate_rd([tmp_path], FakeCodec())
 
 
 @pytest.mark.parametrize(
-    "bad", [{"headline_bpp": (1, 0.1)}, {"peer_threads": 0}, {"max_images": 0}, {"name": "JPEG"}]
+    "bad",
+    [
+        {"headline_bpp": (1, 0.1)},
+        {"threads": 0},
+        {"max_images": 0},
+        {"name": "JPEG"},
+        {"views": ()},
+    ],
 )
 def test_options_outside_their_range_cannot_be_made(bad):
     with pytest.raises(ValueError, match=r"wanted|at least|name"):
-        bench.RdOptions(**bad)
+        bench.BenchOptions(**bad)
 
 
 # Sheets
