@@ -22,7 +22,7 @@ from dicmh_ray.bench.subject import Subject
 CELL_PX = 240
 CROP_PX = 160
 TILE_PX = 64
-PAGE_PICTURES = 3
+PAGE_PICTURES = 2
 NUM_WORST = 6
 MAX_SHEET_BYTES = 390_000
 FAILURE_BPP = 0.15
@@ -109,7 +109,7 @@ def write_sheets(exhibits: Sequence[Exhibit], folder: str | Path, *, pages: int)
     Args:
         exhibits: at least one.
         folder: is created.
-        pages: of three pictures each, from the first ones.
+        pages: of two pictures each, from the first ones.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

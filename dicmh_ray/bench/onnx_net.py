@@ -45,8 +45,8 @@ class OnnxNet:
         wanted = tuple(outputs)
         try:
             session = onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
-            if missing := set(wanted) - {output.name for output in session.get_outputs()}:
-                data = _with_outputs(data, sorted(missing))
+            if not set(wanted) <= {output.name for output in session.get_outputs()}:
+                data = _with_outputs(data, wanted)
                 session = onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
         except MissingExtraError:
             raise
@@ -109,7 +109,7 @@ def planes(image: Picture, *, mean: float, scale: float, is_bgr: bool = False) -
 
 
 def _with_outputs(data: bytes, names: Sequence[str]) -> bytes:
-    """The model with inner tensors among its outputs."""
+    """The model with these tensors for its outputs; what none of them needs is not computed."""
     try:
         import onnx
     except ImportError as exc:
@@ -118,6 +118,7 @@ def _with_outputs(data: bytes, names: Sequence[str]) -> bytes:
     inner = {name for node in model.graph.node for name in node.output}
     if unknown := sorted(set(names) - inner):
         raise ValueError(f"no tensor is called {', '.join(unknown)}")
+    del model.graph.output[:]
     model.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
     )

@@ -34,6 +34,7 @@ class Task(Protocol):
 
     spec: NetSpec
     net: OnnxNet
+
     def read(self, image: Picture) -> Any:
         """What the net says of a uint8 ``[H, W, 3]`` picture."""
 
