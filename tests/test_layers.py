@@ -29,13 +29,14 @@ MAY_IMPORT = {
     "pipeline": LOW | {"codec", "numpy", "pyarrow"},
     "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
     "recipe": FLOOR | {"codec", "numpy", "source"},
+    "tag_recipe": FLOOR | {"codec", "numpy", "recipe", "source"},
     "ray_plugin": LOW | {"codec", "numpy", "pipeline", "pyarrow", "ray", "views"},
     "bench": LOW
     | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "onnx", "onnxruntime", "pillow_jxl"}
     | {"views"},
     "cli": LOW
     | {"PIL", "bench", "codec", "dicmh_ray", "numpy", "pipeline", "ray_plugin", "rich", "typer"}
-    | {"recipe", "views"},
+    | {"recipe", "tag_recipe", "views"},
     "__init__": LOW | {"codec", "pipeline", "ray_plugin", "views"},
     "__main__": {"cli"},
 }
@@ -44,6 +45,7 @@ LAZY = {
     ("codec/__init__.py", "dicmh_ray.codec.layered_codec"): "load_codec is what loads torch",
     ("cli/__init__.py", "dicmh_ray.cli.measuring"): "the help must not wait for bodies of commands",
     ("cli/__init__.py", "dicmh_ray.cli.reading"): "the same",
+    ("cli/__init__.py", "dicmh_ray.cli.tagging"): "the same, and torch",
     ("cli/__init__.py", "dicmh_ray.cli.training"): "the same, and torch",
     ("cli/__init__.py", "dicmh_ray.cli.writing"): "the same",
     ("ray_plugin/__init__.py", "dicmh_ray.ray_plugin.run"): "the ray extra, when Ray is asked for",

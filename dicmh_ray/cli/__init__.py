@@ -122,6 +122,10 @@ def compress(
         list[str] | None,
         typer.Option(help="Metadata field whose values become tags: cls, json.labels. Repeatable."),
     ] = None,
+    suggest_tags: Annotated[
+        bool,
+        typer.Option("--suggest-tags", help="Add tags that the checkpoint's tagger is sure of."),
+    ] = False,
     image_column: Annotated[str | None, typer.Option(help="Parquet: column of images.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Parquet: column of keys.")] = None,
     checkpoint: CheckpointOption = "default",
@@ -175,6 +179,7 @@ def compress(
                 "min_worst_tile_psnr": min_tile_psnr,
                 "keep_original": keep_original.value,
                 "base_states": base_states,
+                "suggest_tags": suggest_tags,
             },
             source={
                 "tag_fields": tag_field or (),
@@ -256,9 +261,9 @@ def decode(
     states: Annotated[
         int | None, typer.Option(min=1, help="Decode from the first states only, where there are.")
     ] = None,
-    view: Annotated[View, typer.Option(help="Faithful or generated picture, latent (npy), or source bytes.")] = (
-        View.MACHINE
-    ),
+    view: Annotated[
+        View, typer.Option(help="Faithful or generated picture, latent (npy), or source bytes.")
+    ] = (View.MACHINE),
     format: Annotated[Format, typer.Option(help="Of pictures.")] = Format.PNG,
     device: DeviceOption = "auto",
     storage_option: StorageOption = None,
@@ -522,6 +527,64 @@ def bench_all(
         rd_limit=rd_limit,
         pages=sheets,
     )
+
+
+@app.command("train-tagger")
+def train_tagger(
+    photographs: Annotated[
+        list[str], typer.Argument(metavar="SRC", help="Photographs, as for compress.")
+    ],
+    labels: Annotated[
+        list[Path],
+        typer.Option(metavar="CSV", help="Columns `file` and `label`. One a collection."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File: tagger.safetensors in the checkpoint.")
+    ],
+    report: Annotated[
+        Path | None, typer.Option(metavar="MD", help="Write the figures there, too.")
+    ] = None,
+    checkpoint: CheckpointOption = "default",
+    device: DeviceOption = "auto",
+) -> None:
+    """Fit a tagger to labelled photographs; print how well each word is found.
+
+    Photographs without a label only show how often tags would be suggested for others.
+
+    Example:
+
+        dicmh train-tagger photos/ --labels photos/labels.csv -o mine/tagger.safetensors
+    """
+    from dicmh_ray.cli.tagging import run_train_tagger
+
+    run_train_tagger(
+        photographs,
+        labels=labels,
+        output=output,
+        report=report,
+        checkpoint=checkpoint,
+        device=device,
+    )
+
+
+@app.command()
+def tag(
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Image files.")],
+    checkpoint: CheckpointOption = "default",
+    device: DeviceOption = "auto",
+    every: Annotated[
+        bool, typer.Option("--all", help="Every word the tagger knows, suggested or not.")
+    ] = False,
+) -> None:
+    """Print the suggested tags of pictures, a line for each: file, tab, tag, tab, probability.
+
+    Example:
+
+        dicmh tag photo.jpg
+    """
+    from dicmh_ray.cli.tagging import run_tag
+
+    run_tag(pictures, checkpoint=checkpoint, device=device, every=every)
 
 
 @app.command()

@@ -6,7 +6,7 @@ wanted. Everything above this layer knows codecs only as :class:`ImageCodec`.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ __all__ = [
     "Checkpoint",
     "ImageCodec",
     "Quality",
+    "TagScore",
+    "TagSuggester",
+    "TaggedStream",
     "load_codec",
     "read_checkpoint",
 ]
@@ -34,6 +37,24 @@ class Quality(NamedTuple):
 
     ms_ssim: float | None
     """Multi-scale SSIM of the luma, 0..1; None where a side is below 176 pixels."""
+
+
+class TagScore(NamedTuple):
+    """A word and how sure a codec's tagger is of it."""
+
+    tag: str
+
+    score: float
+    """Probability, 0..1, calibrated on the tagger's labelled photographs: it holds for their like."""
+
+
+class TaggedStream(NamedTuple):
+    """A stream, and the tags in it that its codec suggested."""
+
+    stream: bytes
+
+    suggested: tuple[TagScore, ...]
+    """They follow the picture's own tags in the stream, the most probable first."""
 
 
 class ImageCodec(Protocol):
@@ -94,6 +115,36 @@ class ImageCodec(Protocol):
         decoded: Sequence[npt.NDArray[np.uint8]],
     ) -> list[Quality]:
         """Compare pairs of uint8 ``[H, W, 3]`` pictures of equal shape."""
+
+
+@runtime_checkable
+class TagSuggester(Protocol):
+    """What some codecs can do besides :class:`ImageCodec`: say what a picture shows.
+
+    Every method raises WeightsError where the checkpoint has no tagger, or one of another checkpoint.
+    """
+
+    def encode_with_suggestions(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        tags: Sequence[Sequence[str]],
+        exif_orientations: Sequence[int],
+    ) -> list[TaggedStream]:
+        """As :meth:`ImageCodec.encode`, with the words that the tagger suggests among the tags.
+
+        A picture is analysed once. Words that are among its own tags already are left out, and
+        suggestions never crowd out own tags where a stream has no room for both.
+        """
+
+    def suggest_tags(self, bitstreams: Sequence[bytes]) -> list[tuple[TagScore, ...]]:
+        """Suggested words of streams, the most probable first. No picture is decoded.
+
+        The tagger was fitted to full streams; of a prefix it sees less, and says less.
+        """
+
+    def tag_probabilities(self, bitstreams: Sequence[bytes]) -> list[list[TagScore]]:
+        """Every word that the tagger knows, suggested or not, the most probable first."""
 
 
 def load_codec(

@@ -23,6 +23,9 @@ DEFAULT_CHECKPOINT = "default"
 IDENTITY_FILES = ("config.json", "tables.safetensors", "weights.safetensors")
 """The files that the codec_id covers, in the order in which they are hashed."""
 
+TAGGER_FILE = "tagger.safetensors"
+"""A further file that some checkpoints have: their tagger. No part of the identity."""
+
 FORMAT = "dicmh-checkpoint/1"
 
 LATENT_UNIT = "latent_unit"

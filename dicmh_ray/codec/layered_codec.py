@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 
 from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bitstream
-from dicmh_ray.codec import Quality
-from dicmh_ray.codec.checkpoint import LATENT_UNIT, Checkpoint, read_checkpoint
+from dicmh_ray.codec import Quality, TaggedStream, TagScore
+from dicmh_ray.codec.checkpoint import LATENT_UNIT, TAGGER_FILE, Checkpoint, read_checkpoint
 from dicmh_ray.codec.contexts import Symbols
 from dicmh_ray.codec.human import noise_key, window_noise
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
 from dicmh_ray.codec.quality import measure
-from dicmh_ray.codec.symbols import SymbolCoder, nested_symbols, round_latent
-from dicmh_ray.codec.tables import ContextTables
+from dicmh_ray.codec.symbols import MAX_SYMBOL, SymbolCoder, nested_symbols, round_latent
+from dicmh_ray.codec.tables import RATIO, ContextTables
+from dicmh_ray.codec.tagger import TaggerHead, picture_features, without_known
 from dicmh_ray.errors import (
     CodecMismatchError,
     EncodeError,
@@ -82,13 +83,17 @@ class LayeredCodec:
         self.codec_id = checkpoint.codec_id
         self.num_states = network.config.num_states
         self.latent_channels = network.config.y_channels
-        self.views = ("machine", "human") if network.human is not None else ("machine",)
+        self.views: tuple[str, ...] = (
+            ("machine", "human") if network.human is not None else ("machine",)
+        )
         self._steps = network.config.steps
         self._device = torch.device(device)
         self._network = network.eval().to(self._device).to(memory_format=torch.channels_last)
         self._coder = SymbolCoder(tables)
         self._verified: list[tuple[bytes, Symbols]] = []
         self._unit = latent_unit
+        self._tagger_bytes = checkpoint.files.get(TAGGER_FILE)
+        self._tagger_head: TaggerHead | None = None
 
     def encode(
         self,
@@ -97,28 +102,43 @@ class LayeredCodec:
         tags: Sequence[Sequence[str]],
         exif_orientations: Sequence[int],
     ) -> list[bytes]:
-        streams = []
         self._verified.clear()
-        for image, image_tags, orientation in zip(images, tags, exif_orientations, strict=True):
+        return [
+            self._encode_one(image, self._analyse(image), own, orientation)
+            for image, own, orientation in zip(images, tags, exif_orientations, strict=True)
+        ]
+
+    def encode_with_suggestions(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        tags: Sequence[Sequence[str]],
+        exif_orientations: Sequence[int],
+    ) -> list[TaggedStream]:
+        """See :class:`dicmh_ray.codec.TagSuggester`."""
+        tagger = self._tagger()
+        tagged = []
+        self._verified.clear()
+        for image, own, orientation in zip(images, tags, exif_orientations, strict=True):
             symbols = self._analyse(image)
-            header = Header(
-                codec_id=self.codec_id,
-                width=image.shape[1],
-                height=image.shape[0],
-                exif_orientation=orientation,
-                is_grey=bool(
-                    (image[..., 0] == image[..., 1]).all()
-                    and (image[..., 0] == image[..., 2]).all()
-                ),
-                num_states=self.num_states,
-            )
-            data = write_bitstream(header, image_tags, self._encode_symbols(symbols))
-            if not np.array_equal(self._decode_symbols(data, None)[1], symbols):
-                raise EncodeError("the stream does not decode to the symbols that were encoded")
-            streams.append(data)
-            if symbols.size <= MAX_REMEMBERED:
-                self._verified.append((data, symbols))
-        return streams
+            added = without_known(own, tagger.suggest(picture_features(symbols)))
+            every = [*own, *(tag.tag for tag in added)]
+            tagged.append(TaggedStream(self._encode_one(image, symbols, every, orientation), added))
+        return tagged
+
+    def suggest_tags(self, bitstreams: Sequence[bytes]) -> list[tuple[TagScore, ...]]:
+        """See :class:`dicmh_ray.codec.TagSuggester`."""
+        tagger = self._tagger()
+        return [tagger.suggest(picture_features(self._finest(data))) for data in bitstreams]
+
+    def tag_probabilities(self, bitstreams: Sequence[bytes]) -> list[list[TagScore]]:
+        """See :class:`dicmh_ray.codec.TagSuggester`."""
+        tagger = self._tagger()
+        return [tagger.probabilities(picture_features(self._finest(data))) for data in bitstreams]
+
+    def tag_features(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Features ``[F]`` of a picture, for fitting a tagger; see :mod:`dicmh_ray.codec.tagger`."""
+        return picture_features(self._analyse(image))
 
     def decode(
         self, bitstreams: Sequence[bytes], *, states: int | None = None, view: str = "machine"
@@ -155,6 +175,50 @@ class LayeredCodec:
         decoded: Sequence[npt.NDArray[np.uint8]],
     ) -> list[Quality]:
         return measure(originals, decoded)
+
+    def _encode_one(
+        self,
+        image: npt.NDArray[np.uint8],
+        symbols: Symbols,
+        tags: Sequence[str],
+        exif_orientation: int,
+    ) -> bytes:
+        """Code a picture's symbols, and decode them again to be sure."""
+        header = Header(
+            codec_id=self.codec_id,
+            width=image.shape[1],
+            height=image.shape[0],
+            exif_orientation=exif_orientation,
+            is_grey=bool(
+                (image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all()
+            ),
+            num_states=self.num_states,
+        )
+        data = write_bitstream(header, tags, self._encode_symbols(symbols))
+        if not np.array_equal(self._decode_symbols(data, None)[1], symbols):
+            raise EncodeError("the stream does not decode to the symbols that were encoded")
+        if symbols.size <= MAX_REMEMBERED:
+            self._verified.append((data, symbols))
+        return data
+
+    def _tagger(self) -> TaggerHead:
+        """The tagger, read when it is first wanted: one that does not fit must not stop decoding."""
+        if self._tagger_head is None:
+            if self._tagger_bytes is None:
+                raise WeightsError(
+                    self.codec_id[:16],
+                    f"it has no tagger: fit {TAGGER_FILE} with `dicmh train-tagger`",
+                )
+            self._tagger_head = TaggerHead.from_bytes(
+                self._tagger_bytes, codec_id=self.codec_id, channels=self.latent_channels
+            )
+        return self._tagger_head
+
+    def _finest(self, data: bytes) -> Symbols:
+        """Symbols of a stream at the scale of the last state, however many states it has."""
+        _, symbols, count = self._recall(data, None)
+        scaled = symbols.astype(np.int32) * RATIO ** (self.num_states - count)
+        return np.clip(scaled, -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
 
     def _analyse(self, image: npt.NDArray[np.uint8]) -> Symbols:
         """Finest symbols of a picture, int16 ``[i, j, C]``."""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from dicmh_ray.archive.schema import EncodedImage
 from dicmh_ray.bitstream import prefix_bytes
-from dicmh_ray.codec import ImageCodec, Quality
+from dicmh_ray.codec import ImageCodec, Quality, TagScore, TagSuggester
 from dicmh_ray.errors import (
     CodecMismatchError,
     MissingExtraError,
@@ -87,6 +87,9 @@ class EncodePolicy:
     base_states: int = 2
     """States in the ``base`` column (a preview, a low-rate scan); the later ones go to ``detail``."""
 
+    suggest_tags: bool = False
+    """Add the tags that the codec's tagger suggests, with their scores. Its checkpoint must have one."""
+
     def __post_init__(self) -> None:
         if self.states is not None and self.target_bpp is not None:
             raise ValueError("states and target_bpp exclude each other")
@@ -105,7 +108,10 @@ class EncodePolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as JSON: it is part of an archive's plan."""
-        return asdict(self)
+        values = asdict(self)
+        if not self.suggest_tags:
+            del values["suggest_tags"]  # plans of before it existed stay the same plans
+        return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -145,6 +151,7 @@ class _Loaded(NamedTuple):
     source: SourceImage
     pixels: Pixels | None
     failure: str | None
+    suggested: tuple[TagScore, ...] = ()
 
 
 class _Chosen(NamedTuple):
@@ -274,11 +281,19 @@ def _encode_group(
         return []
     try:
         images = [item.pixels.image for item in group if item.pixels is not None]
-        streams = codec.encode(
-            images,
-            tags=[item.source.tags for item in group],
-            exif_orientations=[item.pixels.exif_orientation for item in group if item.pixels],
-        )
+        tags = [item.source.tags for item in group]
+        orientations = [item.pixels.exif_orientation for item in group if item.pixels]
+        if policy.suggest_tags:
+            tagged = _suggester(codec).encode_with_suggestions(
+                images, tags=tags, exif_orientations=orientations
+            )
+            streams = [one.stream for one in tagged]
+            group = [
+                item._replace(suggested=one.suggested)
+                for item, one in zip(group, tagged, strict=True)
+            ]
+        else:
+            streams = codec.encode(images, tags=tags, exif_orientations=orientations)
         chosen = _choose_states(streams, images, codec, policy, start)
         return [_row(item, choice, policy) for item, choice in zip(group, chosen, strict=True)]
     except (CodecMismatchError, WeightsError, MissingExtraError):
@@ -293,6 +308,12 @@ def _encode_group(
         *_encode_group(group[:middle], codec, policy, start),
         *_encode_group(group[middle:], codec, policy, start),
     ]
+
+
+def _suggester(codec: ImageCodec) -> TagSuggester:
+    if not isinstance(codec, TagSuggester):
+        raise WeightsError(codec.codec_id[:16], "this codec suggests no tags")
+    return codec
 
 
 def _choose_states(
@@ -412,11 +433,12 @@ def _row_without_stream(item: _Loaded, policy: EncodePolicy, reason: str) -> Enc
 def _source_columns(item: _Loaded) -> dict[str, Any]:
     """The columns that describe the source, the same for every status."""
     source, pixels = item.source, item.pixels
+    scores = (*(1.0 for _ in source.tags), *(tag.score for tag in item.suggested))
     is_unread = source.error is not None and not source.data
     return {
         "key": item.key,
-        "tags": tuple(source.tags),
-        "tag_scores": (),
+        "tags": (*source.tags, *(tag.tag for tag in item.suggested)),
+        "tag_scores": scores if item.suggested else (),
         "width": pixels.image.shape[1] if pixels else None,
         "height": pixels.image.shape[0] if pixels else None,
         "source_uri": source.source_uri,

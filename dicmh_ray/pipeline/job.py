@@ -11,6 +11,7 @@ of it.
 """
 
 import dataclasses
+import hashlib
 import logging
 import os
 import socket
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 
 from dicmh_ray.archive import ArchiveWriter, Commit, EncodedImage, Plan, create_archive
 from dicmh_ray.codec import DEFAULT_CHECKPOINT, ImageCodec, load_codec, read_checkpoint
+from dicmh_ray.codec.checkpoint import TAGGER_FILE
 from dicmh_ray.errors import (
     CodecMismatchError,
     DicmhError,
@@ -85,6 +87,12 @@ class Checkpoint:
         found = read_checkpoint(codec)
         is_default = codec == DEFAULT_CHECKPOINT
         return cls(codec_id=found.codec_id, files=found.files, is_default=is_default)
+
+    def tagger_sha256(self) -> str:
+        """Digest of the checkpoint's tagger. Raises WeightsError when it has none."""
+        if TAGGER_FILE not in self.files:
+            raise WeightsError(self.codec_id[:16], "it has no tagger that could suggest tags")
+        return hashlib.sha256(self.files[TAGGER_FILE]).hexdigest()
 
     def load(self, options: EncodeOptions) -> ImageCodec:
         """The codec, in this process. Raises CodecMismatchError when it is not the job's."""
@@ -457,15 +465,20 @@ def plan_job(
         SourceNotFoundError: a source names nothing.
         PlanConflictError: the archive was begun with other sources, codec or policy.
         JobError: ``resume`` is False and the archive has commits.
+        WeightsError: the checkpoint is missing or incomplete, or should suggest tags and cannot.
     """
     policy = policy or EncodePolicy()
     source_options = source_options or SourceOptions()
     checkpoint = Checkpoint.open(codec)
     units = plan_units(sources, options=source_options)
+    parameters: dict[str, Any] = {"policy": policy.to_dict(), "source": source_options.to_dict()}
+    if policy.suggest_tags and checkpoint.factory is None:
+        # The codec_id does not cover the tagger, but rows depend on it.
+        parameters["tagger_sha256"] = checkpoint.tagger_sha256()
     plan = Plan(
         units=[unit.to_dict() for unit in units],
         codec_id=checkpoint.codec_id,
-        parameters={"policy": policy.to_dict(), "source": source_options.to_dict()},
+        parameters=parameters,
     )
     writer = create_archive(
         archive, plan=plan, codec_files=checkpoint.files, storage_options=storage_options
