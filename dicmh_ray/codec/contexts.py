@@ -2,20 +2,24 @@
 
 State k is coded given all of state k-1. Each symbol's table is chosen by two integer sums: how
 large this symbol may be (``spread``) and where in its parent's cell it should lie (``offset``).
-The sums are small enough to be exact in float32 whatever the order of summation (proved from the
-weights when the tables are loaded), and nothing else enters: no network, no probability computed in
-floating point. Any machine finds the same tables.
+Spreads are matrix products in float32, small enough to be exact whatever the order of summation
+(proved from the weights when the tables are loaded); offsets are integers; nothing else enters: no
+network, no probability computed in floating point. Any machine finds the same tables.
 
 Order of coding in a state: channel groups; in each group first the positions with even ``i + j``,
-then the others.
+then the others. Cells are kept in that order, so that a pass is a block of rows; channels that are
+zero everywhere, as most are in coarse states, stay out of the products; and other arrays have the
+narrowest type that holds their values, because nearly all the time goes into moving them.
 
-Shapes: ``C`` channels, ``i, j`` the latent grid, ``p`` positions of one parity. Channels come last,
-so that the positions of a pass are whole rows of memory.
+Shapes: ``C`` channels, ``i, j`` the latent grid, ``n = i j`` its cells in coding order, ``p`` those
+of one parity. Channels come last.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +36,12 @@ from dicmh_ray.codec.tables import (
 )
 
 Symbols = npt.NDArray[np.int16]
+Bytes = npt.NDArray[np.uint8]
+Indexes = npt.NDArray[np.intp]
+Integers = npt.NDArray[np.signedinteger[Any]]
+
+MAX_PARENT = MAX_VALUE // RATIO
+"""Parents are clipped to this magnitude before they enter an offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +49,64 @@ class Pass:
     """Symbols that are coded together: some channels at the positions of one parity."""
 
     channels: slice
-    positions: npt.NDArray[np.intp]
+    rows: slice
+    """Of the tile's cells in coding order."""
+
+    positions: Indexes
     """``[p]``: indexes into the tile's cells, row by row."""
 
-    tables: npt.NDArray[np.uint16]
-    """``[p, channels]``: row of the state's frequency table of each symbol."""
+    base: Symbols
+    """``[p, channels]``: what is coded is relative to it. Valid during the visit."""
 
-    base: Symbols | np.int16
-    """``[p, channels]``: what the coded residual is relative to."""
+    shift: Integers
+    """``[p, channels]``: the offset from the base; where negative, the residual's sign is turned."""
 
-    turned: npt.NDArray[np.bool_]
-    """``[p, channels]``: the residual's sign is turned before coding."""
+    spread: Floats
+    """``[p, channels]``: the spread sum."""
 
-    levels: npt.NDArray[np.uint16]
-    """``[p, channels]``: the clipped spread sum that chose the bucket."""
+    busy: Indexes
+    """Flat indexes, ascending, of the symbols whose table is not table 0."""
+
+    is_busy: npt.NDArray[np.bool_]
+    """``[p * channels]``: the same as a mask."""
+
+    busy_tables: npt.NDArray[np.unsignedinteger[Any]]
+    """Their rows of the state's frequency table."""
+
+    @property
+    def tables(self) -> npt.NDArray[np.uint16]:
+        """``[p, channels]``: row of the state's frequency table of each symbol."""
+        tables = np.zeros(self.base.shape, np.uint16)
+        tables.reshape(-1)[self.busy] = self.busy_tables
+        return tables
+
+    @property
+    def levels(self) -> npt.NDArray[np.uint16]:
+        """``[p, channels]``: the clipped spread sum."""
+        return np.clip(self.spread, 0, SPREAD_LEVELS - 1).astype(np.uint16)
 
     def codes(self, symbols: Symbols, middle: int) -> Symbols:
-        """Symbols -> what is coded, ``0 .. 2 middle``."""
-        residual = symbols - self.base
-        return np.where(self.turned, -residual, residual) + np.int16(middle)
+        """What is coded for symbols, ``0 .. 2 middle`` where they have a code."""
+        everywhere = np.arange(symbols.size)
+        return (self.residuals(symbols, everywhere) + np.int16(middle)).reshape(symbols.shape)
 
-    def symbols(self, codes: Symbols, middle: int) -> Symbols:
-        """The inverse of :meth:`codes`."""
-        residual = codes - np.int16(middle)
-        return self.base + np.where(self.turned, -residual, residual)
+    def residuals(self, symbols: Symbols, where: Indexes) -> Symbols:
+        """What is coded for the symbols at flat indexes, before the middle is added."""
+        difference: Symbols = symbols.reshape(-1)[where] - self.base.reshape(-1)[where]
+        difference *= self._signs(where)
+        return difference
+
+    def exceptions(self, symbols: Symbols) -> Indexes:
+        """Flat indexes of the symbols of table 0 that are not their base."""
+        differs = (symbols != self.base).reshape(-1)
+        return (differs > self.is_busy).nonzero()[0]
+
+    def add(self, symbols: Symbols, where: Indexes, residuals: Symbols) -> None:
+        """The inverse of :meth:`residuals`, on symbols that begin as a copy of the base."""
+        symbols.reshape(-1)[where] += residuals * self._signs(where)
+
+    def _signs(self, where: Indexes) -> npt.NDArray[np.int8]:
+        return np.int8(1) - 2 * (self.shift.reshape(-1)[where] < 0).view(np.int8)
 
 
 Visit = Callable[[Pass], Symbols]
@@ -74,14 +118,19 @@ class ContextModel:
 
     def __init__(self, tables: ContextTables) -> None:
         self.tables = tables
-        per_class = tables.num_offset_buckets * tables.num_spread_buckets
-        distances = np.arange(256)[:, None] >= np.array(tables.offset_edges)[None, :]
-        self._offset_rows = (distances.sum(1) * tables.num_spread_buckets).astype(np.uint16)
-        self._class_rows = (np.arange(NUM_PARENT_CLASSES) * per_class).astype(np.uint16)
-        # Transposed for products of cells by channels: [K, from channel, to channel].
-        self._parent = np.ascontiguousarray(tables.spread_parent.transpose(0, 2, 1))
-        self._around = np.ascontiguousarray(tables.spread_around.transpose(0, 2, 1))
-        self._current = np.ascontiguousarray(tables.spread_current.transpose(0, 2, 1))
+        self._index_type = np.uint8 if tables.num_tables() <= 256 else np.uint16
+        # Spreads below have bucket 0, whatever the buckets above.
+        self._quiet = [_first_nonzero(buckets) for buckets in tables.spread_buckets]
+        # For each state and group, all that its spreads are summed from, stacked for one product.
+        self._spread = [
+            [self._stacked(state, first, last) for first, last in itertools.pairwise(tables.groups)]
+            for state in range(tables.num_states)
+        ]
+        # [K, 4, C]: weights of the parent (less its symbol's base, three times the parent), of its
+        # sides and its corners, and of this state's sides.
+        parent = tables.offset_parent.transpose(0, 2, 1) * RATIO
+        parent[:, 0] -= RATIO * OFFSET_UNIT
+        self._offset = np.concatenate([parent, tables.offset_sides[:, None]], 1).astype(np.int32)
 
     def walk(
         self, state: int, parent: Symbols | None, shape: tuple[int, int], active: int, visit: Visit
@@ -98,89 +147,183 @@ class ContextModel:
         Returns:
             int16 ``[i, j, C]``: the symbols of state k.
         """
-        t, (rows, columns) = self.tables, shape
-        size = rows * columns
+        t, grid = self.tables, checkerboard(*shape)
         if parent is None:
-            parent = np.zeros((rows, columns, t.channels), np.int16)
+            parent = np.zeros((*shape, t.channels), np.int16)
         result = parent * np.int16(RATIO)
-        if active == 0:
-            return result
-        parity = (np.add.outer(np.arange(rows), np.arange(columns)) % 2).ravel()
-        spread, offset = self._from_parent(state, parent, active)
-        parent_cells = parent.reshape(size, t.channels)
-        cells = result.reshape(size, t.channels)
-        cells[:, :active] = 0
-        for first, last in itertools.pairwise(t.groups):
+        inputs, used = self._parent_inputs(parent, grid, active)
+        for group, (first, last) in enumerate(itertools.pairwise(t.groups)):
             if first >= active:
                 break
             channels = slice(first, min(last, active))
-            group = spread[:, channels]
-            if first:
-                magnitude = np.minimum(np.abs(cells[:, :first]), MAX_MAGNITUDE)
-                weights = self._current[state, :first, channels]
-                group = group + magnitude.astype(np.float32) @ weights
-            for odd in (0, 1):
-                positions = np.flatnonzero(parity == odd)
-                if not positions.size:
-                    continue
-                spread_p = np.take(group, positions, 0)
-                offset_p = np.take(offset[:, channels], positions, 0)
+            weights = self._spread[state][group].take(used, 0)[:, : channels.stop - first]
+            spread = inputs[:, : used.size] @ weights
+            # From here on arrays are contiguous: numpy is several times slower on slices.
+            group_parent = np.ascontiguousarray(parent[:, :, channels])
+            offset = self._parent_offset(state, group_parent, grid, channels)
+            parents = grid.arrange(group_parent)
+            # One row more than there are cells: what lies beyond the edge is zero.
+            symbols = np.zeros((grid.size + 1, channels.stop - first), np.int16)
+            np.multiply(parents, np.int16(RATIO), out=symbols[:-1])
+            magnitudes = np.zeros(symbols.shape, np.uint8)
+            for odd, rows in enumerate((slice(grid.even), slice(grid.even, grid.size))):
                 if odd:
-                    value = result[:, :, channels]
-                    sides = _neighbour_sums(_clipped_magnitude(value))[0].reshape(size, -1)
-                    spread_p += np.take(sides, positions, 0) * t.spread_sides[state, channels]
-                    clipped = np.clip(value, -MAX_VALUE, MAX_VALUE).astype(np.float32)
-                    sides = _neighbour_sums(clipped)[0].reshape(size, -1)
-                    offset_p += np.take(sides, positions, 0) * t.offset_sides[state, channels]
-                parent_p = np.take(parent_cells[:, channels], positions, 0)
-                step = self._choose(state, channels, positions, spread_p, offset_p, parent_p)
-                cells[positions, channels] = visit(step)
+                    spread[rows] += grid.sides(magnitudes) * t.spread_sides[state, channels]
+                    sides = grid.sides(symbols.clip(-MAX_VALUE, MAX_VALUE))
+                    offset[rows] += sides * self._offset[state, 3, channels].astype(offset.dtype)
+                base, shift = symbols[rows], offset[rows]
+                if state == 0:
+                    predicted = (shift + OFFSET_UNIT // 2) // OFFSET_UNIT
+                    base, shift = predicted.astype(np.int16), shift - predicted * OFFSET_UNIT
+                if base.size:
+                    busy = self._busy(state, spread[rows], shift, parents[rows])
+                    step = Pass(channels, rows, grid.order[rows], base, shift, spread[rows], *busy)
+                    symbols[rows] = visit(step)
+                    magnitudes[rows] = _magnitudes(symbols[rows])
+            result.reshape(grid.size, -1)[grid.order, channels] = symbols[:-1]
+            if channels.stop < active:
+                start = used.size
+                used = np.append(used, 1 + 2 * t.channels + np.arange(first, channels.stop))
+                inputs[:, start : used.size] = magnitudes[:-1]
         return result
 
-    def _from_parent(self, state: int, parent: Symbols, active: int) -> tuple[Floats, Floats]:
-        """What state k-1 says of every symbol: spread and offset, float32 ``[i j, active]``."""
-        t = self.tables
-        size, used = parent.shape[0] * parent.shape[1], last_nonzero_channel(parent)
-        spread = np.repeat(t.spread_bias[state, None, :active], size, 0)
-        offset = np.zeros((size, active), np.float32)
-        if used == 0:
-            return spread, offset
-        magnitude = _clipped_magnitude(parent[:, :, :used])
-        sides, corners = _neighbour_sums(magnitude)
-        spread += magnitude.reshape(size, used) @ self._parent[state, :used, :active]
-        around = (2 * sides + corners).reshape(size, used)
-        spread += around @ self._around[state, :used, :active]
-        near, limit = min(used, active), MAX_VALUE // RATIO
-        value = np.clip(parent[:, :, :near], -limit, limit).astype(np.float32) * RATIO
-        sides, corners = _neighbour_sums(value)
-        weights = t.offset_parent[state, :near]
-        weighted = value * weights[:, 0] + sides * weights[:, 1] + corners * weights[:, 2]
-        offset[:, :near] = weighted.reshape(size, near)
-        return spread, offset
+    def _stacked(self, state: int, first: int, last: int) -> Floats:
+        """Rows: bias, weights of the parent, of the parents around, of earlier groups."""
+        t, group = self.tables, slice(first, last)
+        return np.concatenate(
+            [
+                t.spread_bias[state, None, group],
+                t.spread_parent[state, group].T,
+                t.spread_around[state, group].T,
+                t.spread_current[state, group, :first].T,
+            ]
+        )
 
-    def _choose(
-        self,
-        state: int,
-        channels: slice,
-        positions: npt.NDArray[np.intp],
-        spread_p: Floats,
-        offset_p: Floats,
-        parent_p: Symbols,
-    ) -> Pass:
-        if state == 0:
-            predicted = np.floor_divide(offset_p + OFFSET_UNIT // 2, OFFSET_UNIT)
-            base = predicted.astype(np.int16)
-        else:
-            base = parent_p * np.int16(RATIO)
-        offset = offset_p - base.astype(np.float32) * OFFSET_UNIT
-        levels = np.clip(spread_p, 0, SPREAD_LEVELS - 1).astype(np.uint16)
-        distance = np.minimum(np.abs(offset), 255).astype(np.uint8)
-        tables = np.take(self._offset_rows, distance)
-        if state:
-            classes = np.minimum(np.abs(parent_p), NUM_PARENT_CLASSES - 1)
-            tables += np.take(self._class_rows, classes)
-        tables += np.take(self.tables.spread_buckets[state], levels)
-        return Pass(channels, positions, tables, base, offset < 0, levels)
+    def _parent_inputs(
+        self, parent: Symbols, grid: "Checkerboard", active: int
+    ) -> tuple[Floats, Indexes]:
+        """What spreads are summed from, filled as far as state k-1 tells.
+
+        Args:
+            parent: int16 ``[i, j, C]``.
+            grid: the order of the cells.
+            active: channels of this state to leave room for.
+
+        Returns:
+            float32 ``[n, inputs]``; the row of :meth:`_stacked` of each input so far.
+        """
+        magnitude = _magnitudes(parent)
+        live = magnitude.reshape(grid.size, -1).max(0).nonzero()[0]
+        magnitude = magnitude[:, :, live]
+        around, corners = _neighbour_sums(magnitude)
+        around += around  # 2 * 4 * 15 + 4 * 15 still is a byte
+        around += corners
+        inputs = np.empty((grid.size, 1 + 2 * live.size + active), np.float32)
+        inputs[:, 0] = 1
+        inputs[:, 1 : 1 + live.size] = grid.arrange(magnitude)
+        inputs[:, 1 + live.size : 1 + 2 * live.size] = grid.arrange(around)
+        return inputs, np.concatenate([[0], 1 + live, 1 + self.tables.channels + live])
+
+    def _parent_offset(
+        self, state: int, parent: Symbols, grid: "Checkerboard", channels: slice
+    ) -> Integers:
+        """Where state k-1 says that a group's symbols lie, relative to their base.
+
+        Args:
+            state: k.
+            parent: int16 ``[i, j, channels]``.
+            grid: the order of the cells.
+            channels: the group.
+
+        Returns:
+            ``[n, channels]``, in the narrowest integers that hold it and what is added later.
+        """
+        peak = max(int(parent.max()), -int(parent.min()))
+        weights = self._offset[state, :, channels]
+        reach = np.array([1, 4, 4, 4]) @ np.abs(weights) * (RATIO * peak + 1)
+        narrow = state > 0 and peak <= MAX_PARENT and reach.max() < 1 << 15
+        kind = np.int16 if narrow else np.int32
+        if peak == 0:
+            return np.zeros((grid.size, parent.shape[2]), kind)
+        own, side, corner = weights[:3].astype(kind)
+        values = parent.clip(-MAX_PARENT, MAX_PARENT)
+        sides, corners = _neighbour_sums(values)
+        offset = values * own
+        offset += sides * side
+        offset += corners * corner
+        if peak > MAX_PARENT:
+            offset -= (parent - values).astype(kind) * (RATIO * OFFSET_UNIT)
+        return grid.arrange(offset)
+
+    def _busy(
+        self, state: int, spread: Floats, shift: Integers, parents: Symbols
+    ) -> tuple[Indexes, npt.NDArray[np.bool_], npt.NDArray[np.unsignedinteger[Any]]]:
+        """Where the table is not table 0, and which it is there.
+
+        Table 0 is that of small spread, small offset and parent zero: in all but the first
+        channels of the finest states nearly every symbol's. Only the others are looked up.
+        """
+        t = self.tables
+        is_busy = spread >= self._quiet[state]
+        is_busy |= np.abs(shift) >= min(t.offset_edges, default=0)
+        is_busy |= parents != 0
+        is_busy = is_busy.reshape(-1)
+        busy = is_busy.nonzero()[0]
+        distance = np.abs(shift.reshape(-1)[busy])
+        rows = _magnitudes(parents.reshape(-1)[busy], NUM_PARENT_CLASSES - 1)
+        rows = rows.astype(self._index_type)
+        rows *= self._index_type(t.num_offset_buckets)
+        for edge in t.offset_edges:
+            rows += distance >= edge
+        rows *= self._index_type(t.num_spread_buckets)
+        level = spread.reshape(-1)[busy].astype(np.intp)
+        rows += t.spread_buckets[state].take(level, mode="clip")
+        if not rows.all():  # nothing forbids bucket 0 again above another
+            is_busy[busy[rows == 0]] = False
+            busy, rows = busy[rows != 0], rows[rows != 0]
+        return busy, is_busy, rows
+
+
+@dataclass(frozen=True, slots=True)
+class Checkerboard:
+    """The coding order of a tile's cells: those with even ``i + j`` before the others."""
+
+    order: Indexes
+    """``[n]``: indexes into the cells row by row."""
+
+    even: int
+    """How many of them are even."""
+
+    beside: Indexes
+    """``[4, odd cells]``: the side neighbours' places in the order; ``n`` beyond the edge."""
+
+    @property
+    def size(self) -> int:
+        return self.order.size
+
+    def arrange(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``[i, j, C]`` -> ``[n, C]`` in coding order."""
+        return values.reshape(self.size, values.shape[2]).take(self.order, 0)
+
+    def sides(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Sums over the side neighbours of the odd cells; of ``[n + 1, C]``, the last row zero."""
+        total = values.take(self.beside[0], 0)
+        for neighbour in self.beside[1:]:
+            total += values.take(neighbour, 0)
+        return total
+
+
+@functools.lru_cache(maxsize=16)
+def checkerboard(rows: int, columns: int) -> Checkerboard:
+    """The order for a tile's shape."""
+    odd = np.add.outer(np.arange(rows), np.arange(columns)).ravel() % 2
+    order = np.argsort(odd, kind="stable")
+    even = int(np.count_nonzero(odd == 0))
+    place = np.full((rows + 2, columns + 2), order.size)
+    place[1:-1, 1:-1].flat[order] = np.arange(order.size)
+    sides = [place[:-2, 1:-1], place[2:, 1:-1], place[1:-1, :-2], place[1:-1, 2:]]
+    beside = np.stack(sides).reshape(4, -1)[:, order[even:]]
+    return Checkerboard(order, even, beside)
 
 
 def last_nonzero_channel(symbols: Symbols) -> int:
@@ -189,14 +332,23 @@ def last_nonzero_channel(symbols: Symbols) -> int:
     return int(used[-1]) + 1 if used.size else 0
 
 
-def _clipped_magnitude(symbols: Symbols) -> Floats:
-    return np.minimum(np.abs(symbols), MAX_MAGNITUDE).astype(np.float32)
+def _magnitudes(symbols: Symbols, limit: int = MAX_MAGNITUDE) -> Bytes:
+    clipped = symbols.clip(-limit, limit)
+    return np.abs(clipped, out=clipped).astype(np.uint8)
 
 
-def _neighbour_sums(values: Floats) -> tuple[Floats, Floats]:
+def _first_nonzero(buckets: Bytes) -> float:
+    """The least spread whose bucket is not 0. All negative spreads have the bucket of spread 0."""
+    nonzero = np.flatnonzero(buckets)
+    if not nonzero.size:
+        return np.inf
+    return float(nonzero[0]) if nonzero[0] else -np.inf
+
+
+def _neighbour_sums(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Sums over the four side and the four corner neighbours, zero beyond the edge; ``[i, j, C]``."""
     rows, columns, channels = values.shape
-    padded = np.zeros((rows + 2, columns + 2, channels), np.float32)
+    padded = np.zeros((rows + 2, columns + 2, channels), values.dtype)
     padded[1:-1, 1:-1] = values
     upright = padded[:-2] + padded[2:]
     sides = upright[:, 1:-1] + padded[1:-1, :-2]

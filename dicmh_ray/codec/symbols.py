@@ -1,17 +1,19 @@
 """Nested symbols <-> bytes: ANS over frozen integer tables that :mod:`dicmh_ray.codec.contexts` chooses.
 
 In each pass the symbols are grouped by table, so that the coder runs over long stretches of one
-table. Payload layout and arithmetic: ``schemas/layered-payload.v1.md``. Needs numpy and
+table. Nearly all symbols have table 0 and equal their base: their stretch is made as a whole, and
+only the exceptions in it and the busy symbols, those of other tables, are touched one by one. Payload layout and arithmetic: ``schemas/layered-payload.v1.md``. Needs numpy and
 constriction, not torch.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import constriction
 import numpy as np
 import numpy.typing as npt
 
-from dicmh_ray.codec.contexts import ContextModel, Pass, Symbols, last_nonzero_channel
+from dicmh_ray.codec.contexts import ContextModel, Pass, Symbols, checkerboard, last_nonzero_channel
 from dicmh_ray.codec.tables import RATIO, ContextTables, Floats, num_symbols
 from dicmh_ray.errors import EncodeError, SymbolError
 
@@ -98,34 +100,51 @@ class SymbolCoder:
         models, middle = self._models[state], num_symbols(state) // 2
 
         def visit(step: Pass) -> Symbols:
-            order, runs = _runs(step.tables)
-            sorted_codes = np.empty(order.size, np.int16)
+            symbols = step.base.copy()
+            if step.busy.size < symbols.size:
+                quiet = coder.decode(models[0], symbols.size - step.busy.size)
+                exceptions = (quiet != middle).nonzero()[0]
+                residuals = (quiet[exceptions] - middle).astype(np.int16)
+                # Places among the quiet symbols -> places among all: busy ones lie before an
+                # exception if no more quiet ones lie before them than before it.
+                quiet_before = step.busy - np.arange(step.busy.size)
+                exceptions += np.searchsorted(quiet_before, exceptions, "right")
+                step.add(symbols, exceptions, residuals)
+            order, runs = _runs(step.busy_tables)
+            busy = np.empty(order.size, np.int16)
             for table, start, stop in runs:
-                sorted_codes[start:stop] = coder.decode(models[table], stop - start)
-            codes = np.empty(order.size, np.int16)
-            codes[order] = sorted_codes
-            return step.symbols(codes.reshape(step.tables.shape), middle)
+                busy[order[start:stop]] = coder.decode(models[table], stop - start)
+            step.add(symbols, step.busy, busy - np.int16(middle))
+            return symbols
 
         symbols = self.contexts.walk(state, parent, shape, active, visit)
         if not coder.is_empty():
             raise SymbolError(section, "bytes are left after the last symbol")
-        return CodedTile(payload, symbols, _refinement(symbols, parent, active))
+        return CodedTile(payload, symbols, _refinement(_added(symbols, parent), active))
 
     def _encode_state(self, state: int, parent: Symbols | None, symbols: Symbols) -> CodedTile:
-        active = active_channels(symbols, parent)
-        rows, columns, channels = symbols.shape
-        cells = symbols.reshape(rows * columns, channels)
+        added = _added(symbols, parent)
+        active = last_nonzero_channel(added)
+        rows, columns, _ = symbols.shape
+        cells = checkerboard(rows, columns).arrange(symbols)
         middle = num_symbols(state) // 2
         runs: list[tuple[int, npt.NDArray[np.int32]]] = []
 
         def visit(step: Pass) -> Symbols:
-            wanted = np.take(cells[:, step.channels], step.positions, 0)
-            codes = step.codes(wanted, middle)
-            if codes.min() < 0 or codes.max() > 2 * middle:
-                raise EncodeError(f"a symbol of state {state} is too far from its prediction")
-            order, stretches = _runs(step.tables)
-            sorted_codes = np.take(codes.ravel(), order).astype(np.int32)
-            runs.extend((table, sorted_codes[start:stop]) for table, start, stop in stretches)
+            wanted = cells[step.rows, step.channels].copy()
+            exceptions = step.exceptions(wanted)
+            places = exceptions - np.searchsorted(step.busy, exceptions)
+            quiet = np.full(wanted.size - step.busy.size, middle, np.int32)
+            quiet[places] += step.residuals(wanted, exceptions)
+            order, stretches = _runs(step.busy_tables)
+            busy = step.residuals(wanted, step.busy[order]).astype(np.int32) + middle
+            if state == 0:  # nested symbols differ from thrice their parents by one at most
+                for codes in (quiet, busy):
+                    if np.abs(codes - middle).max(initial=0) > middle:
+                        raise EncodeError("a symbol of state 0 is too far from its prediction")
+            if quiet.size:
+                runs.append((0, quiet))
+            runs.extend([(table, busy[start:stop]) for table, start, stop in stretches])
             return wanted
 
         self.contexts.walk(state, parent, (rows, columns), active, visit)
@@ -134,7 +153,7 @@ class SymbolCoder:
             coder.encode_reverse(stretch, self._models[state][table])
         words = coder.get_compressed().astype("<u4").tobytes()
         payload = active.to_bytes(2, "little") + words
-        return CodedTile(payload, symbols, _refinement(symbols, parent, active))
+        return CodedTile(payload, symbols, _refinement(added, active))
 
 
 def round_latent(latent: Floats, step: float) -> Symbols:
@@ -164,25 +183,26 @@ def nested_symbols(finest: Symbols, num_states: int) -> list[Symbols]:
 
 def active_channels(symbols: Symbols, parent: Symbols | None) -> int:
     """Number of channels up to and including the last that refines its parent."""
-    return last_nonzero_channel(symbols if parent is None else symbols - parent * np.int16(RATIO))
+    return last_nonzero_channel(_added(symbols, parent))
 
 
-def _refinement(symbols: Symbols, parent: Symbols | None, active: int) -> bytes:
+def _added(symbols: Symbols, parent: Symbols | None) -> Symbols:
+    """What a state adds: its symbols less three times their parents."""
+    return symbols if parent is None else symbols - parent * np.int16(RATIO)
+
+
+def _refinement(added: Symbols, active: int) -> bytes:
     """What a state adds in its active channels, as int8 in row, column, channel order."""
-    rest = symbols[:, :, :active]
-    if parent is not None:
-        rest = rest - parent[:, :, :active] * np.int16(RATIO)
-    return rest.astype(np.int8).tobytes()
+    return added[:, :, :active].astype(np.int8).tobytes()
 
 
 def _runs(
-    tables: npt.NDArray[np.uint16],
+    tables: npt.NDArray[np.unsignedinteger[Any]],
 ) -> tuple[npt.NDArray[np.intp], list[tuple[int, int, int]]]:
     """Order symbols by table, stably; and the stretches of one table: table, start, stop."""
-    flat = tables.ravel()
-    order = np.argsort(flat, kind="stable")
-    counts = np.bincount(flat)
-    used = np.flatnonzero(counts)
-    stops = np.cumsum(counts[used])
+    order = tables.argsort(kind="stable")
+    counts = np.bincount(tables)
+    used = counts.nonzero()[0]
+    stops = counts[used].cumsum()
     starts = stops - counts[used]
     return order, list(zip(used.tolist(), starts.tolist(), stops.tolist(), strict=True))

@@ -9,12 +9,14 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dicmh_ray import codec
 from dicmh_ray.codec import reference_decoder
 from dicmh_ray.codec.symbols import MAX_SYMBOL, SymbolCoder, nested_symbols
-from dicmh_ray.codec.tables import COARSEST_LIMIT, PRECISION, ContextTables
+from dicmh_ray.codec.tables import COARSEST_LIMIT, MAX_VALUE, PRECISION, ContextTables
 from dicmh_ray.errors import DicmhError, EncodeError, SymbolError, WeightsError
 
 TABLES = Path(__file__).parents[1] / "golden" / "checkpoint" / "tables.safetensors"
+SHIPPED_TABLES = Path(codec.__file__).parent / "checkpoints" / "default" / "tables.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +73,33 @@ def test_the_largest_symbols_nest_without_overflow() -> None:
         np.testing.assert_array_equal(level, np.rint(finest.astype(np.int64) / wanted))
 
 
-def test_an_independent_decoder_finds_the_same_symbols(
-    coder: SymbolCoder, tables: ContextTables
-) -> None:
-    finest = random_symbols(3, (5, 7, tables.channels), 9.0)
-    integers = reference_decoder.read_safetensors(TABLES)
-    parent = np.zeros((tables.channels, 5, 7), np.int64)
-    coded = coder.encode(finest)
-    for state, tile in enumerate(coded):
+def check_against_reference(tables: ContextTables, finest: np.ndarray) -> None:
+    """Every state of a tile in both decoders."""
+    integers = {name: values.astype(np.int64) for name, values in tables.to_arrays().items()}
+    parent = np.zeros((tables.channels, *finest.shape[:2]), np.int64)
+    for state, tile in enumerate(SymbolCoder(tables).encode(finest)):
         parent, added = reference_decoder.decode_tile(integers, state, parent, tile.payload)
         np.testing.assert_array_equal(np.moveaxis(parent, 0, 2), tile.symbols)
         assert added == tile.refinement
+
+
+def test_an_independent_decoder_finds_the_same_symbols(tables: ContextTables) -> None:
+    check_against_reference(tables, random_symbols(3, (5, 7, tables.channels), 9.0))
+
+
+def test_an_independent_decoder_agrees_where_parents_are_clipped() -> None:
+    shipped = ContextTables.from_arrays(safetensors.numpy.load_file(SHIPPED_TABLES), "shipped")
+    finest = random_symbols(4, (3, 4, shipped.channels), 250.0)
+    assert np.abs(finest).max() > MAX_VALUE
+    check_against_reference(shipped, finest)
+
+
+def test_an_independent_decoder_agrees_where_buckets_return_to_zero(tables: ContextTables) -> None:
+    buckets = tables.spread_buckets.copy()
+    buckets[:, 1400:1500] = 0
+    buckets[0, :1200] = 2
+    spoiled = dataclasses.replace(tables, spread_buckets=buckets)
+    check_against_reference(spoiled, random_symbols(6, (4, 6, tables.channels), 5.0))
 
 
 def test_real_bytes_are_close_to_the_entropy_of_the_tables(
