@@ -21,6 +21,9 @@ def files_name(codec_id: str) -> str:
 def write_codec_files(store: Store, codec_id: str, files: Mapping[str, bytes]) -> bytes:
     """Put a checkpoint's files, then their list: a list that exists is complete.
 
+    A list that is there already stands: the same codec may come with other companions (a tagger, a
+    newer text of the formats) when a job is resumed after an upgrade.
+
     Returns:
         The bytes of the list.
 
@@ -35,10 +38,12 @@ def write_codec_files(store: Store, codec_id: str, files: Mapping[str, bytes]) -
     if name in stored:
         raise ValueError(f"a checkpoint may not have a file of the name {name!r}")
     try:
-        if store.get(name) == listing:
-            return listing
+        present = store.get(name)
     except FileNotFoundError:
-        pass
+        present = b""
+    if present:
+        list_codec_files(codec_id, present)
+        return present
     for file, data in [*stored.items(), (name, listing)]:
         if not store.put_if_absent(file, data):
             raise CorruptObjectError(file, "holds other bytes than this job's checkpoint")

@@ -207,6 +207,12 @@ class TestStoreWithoutConditionalPuts:
         assert open_snapshot(uri).commits[0] == commit
         assert verify_archive(uri).exit_code == 0
 
+    def test_the_same_codec_with_another_companion_resumes_with_what_is_stored(self, uri):
+        self.start(uri)
+        upgraded = CODEC_FILES | {"tagger.safetensors": b"came with a newer release"}
+        create_archive(uri, plan=plan_of("u0", "u1"), codec_files=upgraded)
+        assert open_snapshot(uri).codec_files() == CODEC_FILES
+
     def test_another_plan_is_still_refused(self, uri):
         self.start(uri)
         self.start(uri)
