@@ -1,0 +1,133 @@
+"""Where the default codec's time goes: ``python jobs/bench_codec.py PICTURE ...``.
+
+Each picture is scaled and cut to 768 x 512, encoded, verified and decoded in this process. Stages:
+
+    encode   = analysis network + symbols -> bytes (all states) + verification
+    verify   = bytes -> symbols, as every encode does before it returns a stream
+    decode   = bytes -> symbols + synthesis network
+
+The time of a picture is the best of the rounds, a figure is the median of the pictures, in
+milliseconds of processor time (all threads together: what stays comparable on a busy machine) and
+of wall time. For the cost of one core: ``OPENBLAS_NUM_THREADS=1`` and ``--threads 1``.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from PIL import Image, ImageOps
+
+from dicmh_ray import load_codec
+from dicmh_ray.bench import describe_environment
+from dicmh_ray.bitstream import parse_bitstream
+from dicmh_ray.codec.checkpoint import read_checkpoint
+from dicmh_ray.codec.contexts import Symbols
+from dicmh_ray.codec.symbols import SymbolCoder
+from dicmh_ray.codec.tables import ContextTables
+
+WIDTH, HEIGHT, CELL = 768, 512, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Of one stage."""
+
+    cpu_ms: float
+    wall_ms: float
+
+    def __sub__(self, other: "Times") -> "Times":
+        return Times(self.cpu_ms - other.cpu_ms, self.wall_ms - other.wall_ms)
+
+
+def best(rounds: int, function: Callable[[], object]) -> Times:
+    """The least times of some calls."""
+    taken = []
+    for _ in range(rounds):
+        wall, cpu = time.perf_counter(), time.process_time()
+        function()
+        taken.append((time.process_time() - cpu, time.perf_counter() - wall))
+    cpu_s, wall_s = zip(*taken, strict=True)
+    return Times(1000 * min(cpu_s), 1000 * min(wall_s))
+
+
+def load_picture(path: Path) -> npt.NDArray[np.uint8]:
+    """RGB, uint8 ``[512, 768, 3]``."""
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (WIDTH, HEIGHT)))
+
+
+def measure(pictures: list[Path], rounds: int, threads: int) -> dict[str, Times]:
+    """Median times of every stage."""
+    codec = load_codec(device="cpu", threads=threads)
+    fresh = load_codec(device="cpu", threads=threads)  # has not just verified the streams
+    name = "tables.safetensors"
+    tables = safetensors.numpy.load(read_checkpoint().files[name])
+    coder = SymbolCoder(ContextTables.from_arrays(tables, name))
+    cells = (HEIGHT // CELL, WIDTH // CELL)
+
+    def decode_symbols(payloads: list[bytes]) -> Symbols:
+        symbols = coder.decode(0, None, cells, payloads[0]).symbols
+        for state, payload in enumerate(payloads[1:], 1):
+            symbols = coder.decode(state, symbols, cells, payload).symbols
+        return symbols
+
+    stages: dict[str, list[Times]] = {}
+    for path in pictures:
+        image = load_picture(path)
+        encode = functools.partial(codec.encode, [image], tags=[()], exif_orientations=[1])
+        stream = encode()[0]
+        payloads = [state.payload for state in parse_bitstream(stream).states]
+        symbols = decode_symbols(payloads)
+        times = {
+            "encode": best(rounds, encode),
+            "encode: symbols -> bytes": best(rounds, functools.partial(coder.encode, symbols)),
+            "verify": best(rounds, functools.partial(decode_symbols, payloads)),
+            "decode": best(rounds, functools.partial(fresh.decode, [stream])),
+        }
+        times["encode: network, rest"] = (
+            times["encode"] - times["encode: symbols -> bytes"] - times["verify"]
+        )
+        times["decode: bytes -> symbols"] = times["verify"]
+        times["decode: network, rest"] = times["decode"] - times["verify"]
+        for stage, taken in times.items():
+            stages.setdefault(stage, []).append(taken)
+    return {
+        stage: Times(
+            statistics.median(t.cpu_ms for t in taken), statistics.median(t.wall_ms for t in taken)
+        )
+        for stage, taken in sorted(stages.items())
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of the networks")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    environment = describe_environment(f"python {' '.join(sys.argv)}")
+    stages = measure(options.pictures, options.rounds, options.threads)
+    if options.json:
+        found = {stage: asdict(times) for stage, times in stages.items()}
+        print(json.dumps({"environment": asdict(environment), "stages": found}, indent=2))
+        return
+    print("\n".join(environment.lines()))
+    print(f"\n{'':28} {'CPU ms':>8} {'wall ms':>8} {'images/s/core':>14} {'images/s':>9}")
+    for stage, times in stages.items():
+        rates = f"{1000 / times.cpu_ms:14.1f} {1000 / times.wall_ms:9.1f}"
+        print(f"{stage:28} {times.cpu_ms:8.1f} {times.wall_ms:8.1f} {rates}")
+
+
+if __name__ == "__main__":
+    main()
