@@ -1,5 +1,6 @@
 """What an operator runs, in small: the jobs' own verdicts are the tests."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,20 @@ def test_a_thousand_mutated_streams_end_in_documented_errors() -> None:
 
 def test_flipped_and_cut_objects_are_named() -> None:
     assert "0 cases not found or not named" in run_job("check_damage.py", "--stride", "499")
+
+
+def test_training_curves_are_drawn_from_the_logs_of_runs(tmp_path: Path) -> None:
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        lines = [{"step": 50 * i, "bpp": [0.1, 1.0], "psnr": [20.0, 30.0]} for i in range(1, 9)]
+        (tmp_path / run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    losses = [{"step": 50 * i, "perceptual": 0.4, "texture": 0.6} for i in range(1, 9)]
+    (tmp_path / "second" / "human.jsonl").write_text("\n".join(map(json.dumps, losses)))
+    picture = tmp_path / "curves.png"
+    run_job(
+        "plot_training.py", str(tmp_path / "first"), str(tmp_path / "second"), "-o", str(picture)
+    )
+    assert load_pixels(picture.read_bytes()).image.shape[1] > 800
 
 
 def test_the_demo_collection_comes_back_whole(tmp_path: Path) -> None:
