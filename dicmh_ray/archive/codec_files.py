@@ -21,8 +21,8 @@ def files_name(codec_id: str) -> str:
 def write_codec_files(store: Store, codec_id: str, files: Mapping[str, bytes]) -> bytes:
     """Put a checkpoint's files, then their list: a list that exists is complete.
 
-    A list that is there already stands: the same codec may come with other companions (a tagger, a
-    newer text of the formats) when a job is resumed after an upgrade.
+    A list that is there already stands, as long as it names no other bytes: when a job is resumed
+    after an upgrade, the same codec may come with companions it did not have, such as a tagger.
 
     Returns:
         The bytes of the list.
@@ -42,7 +42,10 @@ def write_codec_files(store: Store, codec_id: str, files: Mapping[str, bytes]) -
     except FileNotFoundError:
         present = b""
     if present:
-        list_codec_files(codec_id, present)
+        known = {facts.name: facts for facts in list_codec_files(codec_id, present)}
+        for file, data in stored.items():
+            if file in known and known[file] != ObjectFacts.of(file, data):
+                raise CorruptObjectError(file, "holds other bytes than this job's checkpoint")
         return present
     for file, data in [*stored.items(), (name, listing)]:
         if not store.put_if_absent(file, data):
