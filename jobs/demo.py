@@ -7,6 +7,7 @@ broken one. Ray compresses them into ``demo-output/archive``; the archive is ver
 and two tables and ``demo-output/sheet.png`` show what came of it.
 """
 
+import argparse
 import io
 import json
 import shutil
@@ -66,6 +67,7 @@ class Item:
 
 def main() -> None:
     """Write, compress, verify, decode, show."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
     console = Console()
     for made in ("collection", "archive"):
         shutil.rmtree(OUTPUT / made, ignore_errors=True)
