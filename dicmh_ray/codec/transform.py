@@ -83,13 +83,18 @@ class BottleneckBlock(nn.Module):
         nn.init.zeros_(_bias(self.expand))
 
     def forward(self, x_BChw: Tensor, state_B: Tensor | None = None) -> Tensor:
+        return x_BChw + self.branch(x_BChw, state_B)
+
+    def branch(self, x_BChw: Tensor, state_B: Tensor | None) -> Tensor:
+        """What the block adds to its input."""
         hidden = self.conv(F.leaky_relu(self.reduce(x_BChw), 0.1, inplace=True))
         if self.film is not None:
             hidden = self.film(hidden, state_B)
-        return x_BChw + self.expand(F.leaky_relu(hidden, 0.1, inplace=True))
+        out: Tensor = self.expand(F.leaky_relu(hidden, 0.1, inplace=True))
+        return out
 
 
-class ActivityGain(nn.Module):
+class ActivityGain(BottleneckBlock):
     """A gain for each coefficient from the activity around it: what divisive normalisation does.
 
     The encoder divides by it, so that busy places, which hide errors, get coarser steps; the
@@ -99,21 +104,9 @@ class ActivityGain(nn.Module):
     MAX_LOG = 1.5
     """The gain stays within ``exp(-1.5) .. exp(1.5)``."""
 
-    def __init__(self, channels: int, hidden: int, *, num_states: int = 0) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(channels, hidden, 1)
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.expand = nn.Conv2d(hidden, channels, 1)
-        self.film = StateFilm(num_states, hidden) if num_states else None
-        nn.init.zeros_(self.expand.weight)
-        nn.init.zeros_(_bias(self.expand))
-
-    def forward(self, y_BCij: Tensor, state_B: Tensor | None = None) -> Tensor:
-        """Logarithm of the gain, ``[B, C, i, j]``."""
-        hidden = self.conv(F.leaky_relu(self.reduce(y_BCij.abs().log1p()), 0.1, inplace=True))
-        if self.film is not None:
-            hidden = self.film(hidden, state_B)
-        log_gain = self.expand(F.leaky_relu(hidden, 0.1, inplace=True))
+    def forward(self, x_BChw: Tensor, state_B: Tensor | None = None) -> Tensor:
+        """Coefficients, in units of their deviation -> logarithm of the gain, both ``[B, C, i, j]``."""
+        log_gain = self.branch(x_BChw.abs().log1p(), state_B)
         return self.MAX_LOG * torch.tanh(log_gain / self.MAX_LOG)
 
 
