@@ -75,14 +75,14 @@ class TrainOptions:
     finest_lambda: float = 0.036
     """Weight of the mean squared error (8-bit units) of the last state against bits per pixel."""
 
-    structure: float = 0.4
+    structure: float = 0.6
     """Share of the distortion that is ``1 - MS-SSIM``; 0 with crops below 176 pixels."""
 
     semantics: float = 0.2
-    """Share that is the distance of a teacher's features; without a teacher it falls to the others."""
+    """Share that is the distance of a teacher's features; without a teacher it is squared error."""
 
-    faithful_states: int = 1
-    """Last states that are trained for squared error alone: archives keep pictures by their PSNR."""
+    last_structure: float = 0.4
+    """Structure's share in the last state, by whose PSNR archives keep pictures; no semantics there."""
 
     lambda_ratio: float = 5.3
     """Ratio of the weights of consecutive states."""
@@ -283,8 +283,8 @@ class _Trainer:
                 self._fit_rate(x, steps[states], states)
                 continue
             y, bits = self.rate(self.network.encode(x), steps[states], states)
-            seen = states < config.num_states - options.faithful_states
-            error, distortion = self.distortion(x, self.network.decode(y, states), seen)
+            last = states == config.num_states - 1
+            error, distortion = self.distortion(x, self.network.decode(y, states), last)
             bpp = bits / options.crop**2
             losses = bpp + lambdas[states] * distortion
             self._remember(losses.detach().cpu(), states.cpu())
@@ -406,30 +406,31 @@ class Distortion:
     """Squared error, structure and features of a batch, in the proportions of the options."""
 
     def __init__(self, options: TrainOptions, device: torch.device, teacher: Path | None) -> None:
-        self._semantics = options.semantics if teacher is not None else 0.0
-        self._structure = options.structure
+        self._options = options
         self._teacher = FeatureTeacher(teacher).to(device) if teacher is not None else None
         self._distance = StructuralDistance(options.crop, device) if options.structure else None
 
     def __call__(
-        self, x_B3HW: Tensor, decoded_B3HW: Tensor, seen_B: Tensor
+        self, x_B3HW: Tensor, decoded_B3HW: Tensor, last_B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Mean squared error and distortion of each image, both ``[B]``.
 
-        ``seen_B`` is False for images whose distortion is the squared error alone.
+        ``last_B`` is True for images that are decoded from the last state.
         """
+        options = self._options
         error = (decoded_B3HW - x_B3HW).square().mean((1, 2, 3))
-        mixed = (1 - self._structure - self._semantics) * error
+        mixed = error
         if self._distance is not None:
-            distance = self._distance(x_B3HW, decoded_B3HW)
-            mixed = mixed + self._structure * STRUCTURE_UNIT * distance
-        if self._teacher is not None and self._semantics:
+            distance = STRUCTURE_UNIT * self._distance(x_B3HW, decoded_B3HW)
+            share = torch.where(last_B, options.last_structure, options.structure)
+            mixed = mixed + share * (distance - error)
+        if self._teacher is not None and options.semantics:
             # At half size, as analysis networks see photographs; every other image, for its cost.
             pair = (F.avg_pool2d(images[::2], 2) for images in (x_B3HW, decoded_B3HW))
             every_other = torch.zeros_like(mixed)
             every_other[::2] = 2 * SEMANTICS_UNIT * self._teacher.distance(*pair)
-            mixed = mixed + self._semantics * every_other
-        return error, torch.where(seen_B, mixed, error)
+            mixed = mixed + torch.where(last_B, 0.0, options.semantics) * (every_other - error)
+        return error, mixed
 
 
 def grow_from(
