@@ -44,7 +44,7 @@ from dicmh_ray.archive.ranges import (
 )
 from dicmh_ray.archive.schema import from_batch
 from dicmh_ray.archive.where import Where, parse_where
-from dicmh_ray.bitstream import parse_bitstream
+from dicmh_ray.bitstream import prefix_bytes
 from dicmh_ray.errors import BitstreamError, CorruptObjectError, CorruptRowError, RowNotFoundError
 
 __all__ = ["ArchiveReader", "Fragment", "Where", "parse_where"]
@@ -454,7 +454,7 @@ def _check_blobs(table: pa.Table, places: pa.Table, values: Mapping[str, Sequenc
         stream = base + (details[number] if details else b"")
         if stream:
             try:
-                parse_bitstream(stream)
+                prefix_bytes(stream)
             except BitstreamError as exc:
                 raise _corrupt(places, number, f"bitstream: {exc}") from exc
     if "original" in values:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
+from dicmh_ray.codec import read_checkpoint
 from dicmh_ray.codec.layered_codec import load_layered_codec
 from dicmh_ray.codec.tagger import TaggerHead, Word
 from dicmh_ray.codec.tagger_fitting import (
@@ -161,7 +162,7 @@ def train_tagger(
     """
     labelled = read_labelled(labels)
     names = ", ".join(map(str, labels))
-    codec = load_layered_codec(checkpoint, device=device)
+    codec = load_layered_codec(read_checkpoint(checkpoint), device=device)
     features: dict[str, npt.NDArray[np.float32]] = {}
     others: list[npt.NDArray[np.float32]] = []
     for name, image in _photographs(sources, progress):

@@ -43,6 +43,7 @@ MAY_IMPORT = {
 
 LAZY = {
     ("codec/__init__.py", "dicmh_ray.codec.layered_codec"): "load_codec is what loads torch",
+    ("codec/__init__.py", "dicmh_ray.codec.icmh.icmh_codec"): "the same",
     ("cli/__init__.py", "dicmh_ray.cli.measuring"): "the help must not wait for bodies of commands",
     ("cli/__init__.py", "dicmh_ray.cli.reading"): "the same",
     ("cli/__init__.py", "dicmh_ray.cli.tagging"): "the same, and torch",

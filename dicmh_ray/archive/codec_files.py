@@ -31,25 +31,28 @@ def write_codec_files(store: Store, codec_id: str, files: Mapping[str, bytes]) -
         CorruptObjectError: other bytes are stored under one of the names.
     """
     folder = f"{CODEC_PREFIX}{codec_id}/"
-    stored = {check_name(folder + name): data for name, data in sorted(files.items())}
-    facts = [asdict(ObjectFacts.of(name, data)) for name, data in stored.items()]
-    listing = seal(FILES_FORMAT, FILES_VERSION, {"codec_id": codec_id, "files": facts})
+    # One file in memory at a time: some checkpoints are gigabytes.
+    facts = [ObjectFacts.of(check_name(folder + name), files[name]) for name in sorted(files)]
+    body = {"codec_id": codec_id, "files": [asdict(file) for file in facts]}
+    listing = seal(FILES_FORMAT, FILES_VERSION, body)
     name = files_name(codec_id)
-    if name in stored:
+    if name.removeprefix(folder) in files:
         raise ValueError(f"a checkpoint may not have a file of the name {name!r}")
     try:
         present = store.get(name)
     except FileNotFoundError:
         present = b""
     if present:
-        known = {facts.name: facts for facts in list_codec_files(codec_id, present)}
-        for file, data in stored.items():
-            if file in known and known[file] != ObjectFacts.of(file, data):
-                raise CorruptObjectError(file, "holds other bytes than this job's checkpoint")
+        known = {file.name: file for file in list_codec_files(codec_id, present)}
+        for file in facts:
+            if known.get(file.name, file) != file:
+                raise CorruptObjectError(file.name, "holds other bytes than this job's checkpoint")
         return present
-    for file, data in [*stored.items(), (name, listing)]:
-        if not store.put_if_absent(file, data):
-            raise CorruptObjectError(file, "holds other bytes than this job's checkpoint")
+    for file in facts:
+        if not store.put_if_absent(file.name, files[file.name.removeprefix(folder)]):
+            raise CorruptObjectError(file.name, "holds other bytes than this job's checkpoint")
+    if not store.put_if_absent(name, listing):
+        raise CorruptObjectError(name, "holds other bytes than this job's checkpoint")
     return listing
 
 

@@ -48,7 +48,7 @@ from dicmh_ray.archive.schema import (
     row_crc32c,
 )
 from dicmh_ray.archive.store import Store, open_store
-from dicmh_ray.bitstream import parse_bitstream
+from dicmh_ray.bitstream import prefix_bytes
 from dicmh_ray.errors import (
     ArchiveError,
     ArchiveNotFoundError,
@@ -381,7 +381,7 @@ class _Check:
             return "original does not match its SHA-256"
         stream = row.base + row.detail
         try:
-            if stream and parse_bitstream(stream).prefix_bytes != row.prefix_bytes:
+            if stream and prefix_bytes(stream) != row.prefix_bytes:
                 return "prefix_bytes are not the ends of the bitstream's states"
         except BitstreamError as exc:
             return f"bitstream: {exc}"

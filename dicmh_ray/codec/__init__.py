@@ -11,7 +11,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from dicmh_ray.codec.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, read_checkpoint
+from dicmh_ray.codec.checkpoint import (
+    DEFAULT_CHECKPOINT,
+    DIFF_ICMH,
+    Checkpoint,
+    read_checkpoint,
+)
 
 __all__ = [
     "DEFAULT_CHECKPOINT",
@@ -164,6 +169,11 @@ def load_codec(
         WeightsError: the checkpoint is missing, incomplete or damaged.
         MissingExtraError: torch or another library of the ``codec`` extra is not installed.
     """
+    content = read_checkpoint(checkpoint)
+    if content.codec == DIFF_ICMH:
+        from dicmh_ray.codec.icmh.icmh_codec import load_icmh_codec
+
+        return load_icmh_codec(content, device=device, threads=threads)
     from dicmh_ray.codec.layered_codec import load_layered_codec
 
-    return load_layered_codec(checkpoint, device=device, threads=threads)
+    return load_layered_codec(content, device=device, threads=threads)

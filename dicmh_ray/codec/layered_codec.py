@@ -13,7 +13,6 @@ Shape suffixes: B images, C channels, i j the grid of y (1/16).
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bitstream
 from dicmh_ray.codec import Quality, TaggedStream, TagScore
-from dicmh_ray.codec.checkpoint import LATENT_UNIT, TAGGER_FILE, Checkpoint, read_checkpoint
+from dicmh_ray.codec.checkpoint import LATENT_UNIT, TAGGER_FILE, Checkpoint
 from dicmh_ray.codec.contexts import Symbols
 from dicmh_ray.codec.human import noise_key, window_noise
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
@@ -374,11 +373,9 @@ class LayeredCodec:
 
 
 def load_layered_codec(
-    checkpoint: str | Path, *, device: str = "auto", threads: int | None = None
+    content: Checkpoint, *, device: str = "auto", threads: int | None = None
 ) -> LayeredCodec:
-    """Load a checkpoint's networks and tables. Arguments and errors as ``load_codec``."""
-    content = read_checkpoint(checkpoint)
-    name = str(checkpoint)
+    """Load a checkpoint's networks and tables. Else as ``load_codec``."""
     if threads is not None:
         torch.set_num_threads(threads)
     if device == "auto":
@@ -392,11 +389,11 @@ def load_layered_codec(
             unit = network.latent.unit().detach()
         tables = safetensors.numpy.load(content.files["tables.safetensors"])
     except (KeyError, TypeError, RuntimeError, ValueError, safetensors.SafetensorError) as exc:
-        raise WeightsError(name, str(exc)) from exc
+        raise WeightsError(content.name, str(exc)) from exc
     for key, value in network.state_dict().items():
         if not torch.isfinite(value).all():
-            raise WeightsError(name, f"{key} is not finite")
-    frozen = ContextTables.from_arrays(tables, name)
+            raise WeightsError(content.name, f"{key} is not finite")
+    frozen = ContextTables.from_arrays(tables, content.name)
     return LayeredCodec(content, network, frozen, unit.numpy(), device)
 
 

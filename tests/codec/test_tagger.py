@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dicmh_ray.bitstream import parse_bitstream
 from dicmh_ray.cli import app
-from dicmh_ray.codec import TagScore, TagSuggester, load_codec
+from dicmh_ray.codec import TagScore, TagSuggester, load_codec, read_checkpoint
 from dicmh_ray.codec.layered_codec import LayeredCodec, load_layered_codec
 from dicmh_ray.codec.tagger import (
     TaggerHead,
@@ -84,7 +84,7 @@ def checkpoint(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def codec(checkpoint: Path) -> LayeredCodec:
-    return load_layered_codec(checkpoint, device="cpu")
+    return load_layered_codec(read_checkpoint(checkpoint), device="cpu")
 
 
 def head_of(codec: LayeredCodec, checkpoint: Path) -> TaggerHead:
@@ -237,7 +237,7 @@ def test_damage_and_wrong_sizes_are_named(codec: LayeredCodec, checkpoint: Path)
 
 
 def test_a_checkpoint_without_a_tagger_says_how_to_get_one() -> None:
-    plain = load_layered_codec(GOLDEN, device="cpu")
+    plain = load_layered_codec(read_checkpoint(GOLDEN), device="cpu")
     with pytest.raises(WeightsError, match="train-tagger"):
         plain.encode_with_suggestions([drawn("rows", 0)], tags=[()], exif_orientations=[1])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dicmh_ray.codec import read_checkpoint
 from dicmh_ray.codec.layered_codec import load_layered_codec
 
 FOLDER = Path(__file__).parent / "bitstream_v1"
@@ -47,7 +48,7 @@ def digest(symbols: np.ndarray) -> str:
 
 
 def main() -> None:
-    codec = load_layered_codec(Path(__file__).parent / "checkpoint", device="cpu")
+    codec = load_layered_codec(read_checkpoint(Path(__file__).parent / "checkpoint"), device="cpu")
     FOLDER.mkdir(exist_ok=True)
     expected = FOLDER / "expected.json"
     if expected.exists():
