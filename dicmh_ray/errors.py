@@ -20,6 +20,9 @@
     + EncodeError
     + WeightsError
     + ViewError             the checkpoint draws no such view: ask for another
+  x TagsError               tags cannot be made or read as asked
+    + VocabularyError       a word list is not one: the message names the line
+    + TaggerError           a tagger cannot be loaded, or does not keep its contract
   x ArchiveError
     + ArchiveNotFoundError
     + PlanConflictError     another job owns this archive: choose another name or its settings
@@ -222,6 +225,33 @@ class ViewError(CodecError):
 
     def __str__(self) -> str:
         return f"view is {self.view!r}, this checkpoint offers {self.offered}"
+
+
+class TagsError(DicmhError):
+    """Tags cannot be made or read as asked."""
+
+
+class VocabularyError(TagsError):
+    """A file is not a list of words. ``line`` counts from 1; 0 is the file as a whole."""
+
+    def __init__(self, file: str, line: int, reason: str) -> None:
+        super().__init__(file, line, reason)
+        self.file, self.line, self.reason = file, line, reason
+
+    def __str__(self) -> str:
+        where = f", line {self.line}" if self.line else ""
+        return f"vocabulary {self.file}{where}: {self.reason}"
+
+
+class TaggerError(TagsError):
+    """What should say what pictures show cannot be loaded, or does not keep its contract."""
+
+    def __init__(self, tagger: str, reason: str) -> None:
+        super().__init__(tagger, reason)
+        self.tagger, self.reason = tagger, reason
+
+    def __str__(self) -> str:
+        return f"tagger {self.tagger}: {self.reason}"
 
 
 class ArchiveError(DicmhError):
