@@ -9,11 +9,8 @@ Averages over 8x8 pixels are held to the original, so that the sampler invents t
 """
 
 import dataclasses
-import json
-import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,14 +25,21 @@ from dicmh_ray.codec.checkpoint import read_checkpoint
 from dicmh_ray.codec.human import DiffusionRestorer
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher
+from dicmh_ray.codec.run_state import (
+    Report,
+    RunFolder,
+    WeightAverage,
+    cosine_fall,
+    moments_of,
+    prefixed,
+    restore_moments,
+    under,
+)
 from dicmh_ray.codec.training import PackedPhotographs
 from dicmh_ray.errors import WeightsError
 
-logger = logging.getLogger(__name__)
-
-STATE_FILE = "human.safetensors"
-PROGRESS_FILE = "human.json"
-LOG_FILE = "human.jsonl"
+FILES = {"state": "human.safetensors", "progress": "human.json", "log": "human.jsonl"}
+"""Of this stage, in a run's folder."""
 
 STATE_SHARES = (0.2, 0.3, 0.3, 0.15, 0.05)
 """How often each state is trained, coarsest first: what the coarse ones lack is what is generated."""
@@ -96,7 +99,7 @@ def train_human(
     teacher: Path,
     device: str = "auto",
     start_from: str | Path | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> CodecNetwork:
     """Give a trained codec a human view, and train it.
 
@@ -167,7 +170,8 @@ class HumanTrainer:
         self.restorer: DiffusionRestorer = network.human
         self.device = torch.device(device)
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
-        self.photographs, self.folder, self.options = photographs, folder, options
+        self.photographs, self.options = photographs, options
+        self.folder = RunFolder(folder, **FILES)
         self.teacher = FeatureTeacher(teacher).to(self.device)
         for parameter in network.parameters():
             parameter.requires_grad_(False)
@@ -177,13 +181,14 @@ class HumanTrainer:
         self.optimiser = torch.optim.Adam(
             self.restorer.parameters(), lr=options.learning_rate, betas=(0.9, 0.99)
         )
-        if (folder / PROGRESS_FILE).exists():
-            self._load()
-        else:
+        progress = self.folder.progress()
+        if progress is None:
             self._measure_spread()
-        self.average = {k: v.detach().clone() for k, v in self.restorer.state_dict().items()}
+        self.average = WeightAverage(self.restorer, options.ema)
+        if progress is not None:
+            self._load(progress)
 
-    def run(self, report: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def run(self, report: Report | None = None) -> None:
         """Train for the minutes of the options; the restorer ends with its averaged weights."""
         options = self.options
         rng = np.random.default_rng([options.seed, self.step])
@@ -192,10 +197,9 @@ class HumanTrainer:
         sums: dict[str, float] = {}
         self.restorer.train()
         while (done := (time.monotonic() - started) / 60 / options.minutes) < 1:
-            fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * max(0.0, (done - 0.4) / 0.6)))
             rise = min(1.0, (self.step + 1) / 100)
             for group in self.optimiser.param_groups:
-                group["lr"] = options.learning_rate * rise * fall
+                group["lr"] = options.learning_rate * rise * cosine_fall(done)
             terms = self._losses(rng)
             loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
             self.optimiser.zero_grad(set_to_none=True)
@@ -203,7 +207,7 @@ class HumanTrainer:
             norm = torch.nn.utils.clip_grad_norm_(self.restorer.parameters(), 1.0)
             if torch.isfinite(norm):
                 self.optimiser.step()
-                self._average()
+                self.average.update(self.restorer, self.step)
             self.step += 1
             for name, (_, value) in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
@@ -214,7 +218,7 @@ class HumanTrainer:
                 self.save()
                 last_save = time.monotonic()
         self.save()
-        self.restorer.load_state_dict(self.average)
+        self.restorer.load_state_dict(self.average.tensors)
         self.restorer.eval()
 
     def _losses(self, rng: np.random.Generator) -> dict[str, tuple[float, Tensor]]:
@@ -270,60 +274,34 @@ class HumanTrainer:
             missing = self._residual(crops.to(self.device, torch.float32), states)[2]
             self.restorer.spread[state] = missing.square().mean((0, 2, 3)).sqrt().clamp_min(1e-3)
 
-    def _average(self) -> None:
-        decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for name, value in self.restorer.state_dict().items():
-                self.average[name].lerp_(value, 1 - decay)
-
     def _report(
         self,
         sums: dict[str, float],
         seconds: float,
-        report: Callable[[dict[str, Any]], None] | None,
+        report: Report | None,
     ) -> None:
         line = {"step": self.step, "seconds": round(seconds, 1)}
         line |= {name: round(value / 50, 4) for name, value in sums.items()}
-        with (self.folder / LOG_FILE).open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        logger.info("%s", line)
-        if report is not None:
-            report(line)
+        self.folder.log(line, report)
 
     def save(self) -> None:
         """Write the stage's whole state; the previous save stays valid until it is complete."""
-        tensors = {f"restorer/{k}": v for k, v in self.restorer.state_dict().items()}
-        tensors |= {f"average/{k}": v for k, v in self.average.items()}
-        for i, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam/{i}/{k}": torch.as_tensor(v) for k, v in moments.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / (STATE_FILE + ".part")
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial)
-        partial.replace(self.folder / STATE_FILE)
-        partial = self.folder / (PROGRESS_FILE + ".part")
-        partial.write_text(json.dumps({"step": self.step, "options": asdict(self.options)}))
-        partial.replace(self.folder / PROGRESS_FILE)
+        tensors = prefixed("restorer", self.restorer.state_dict())
+        tensors |= prefixed("average", self.average.tensors)
+        tensors |= moments_of(self.optimiser)
+        self.folder.save(tensors, {"step": self.step, "options": asdict(self.options)})
 
-    def _load(self) -> None:
-        tensors = load_file(self.folder / STATE_FILE)
-        self.step = int(json.loads((self.folder / PROGRESS_FILE).read_text())["step"])
-        start = "restorer/"
+    def _load(self, progress: dict[str, Any]) -> None:
+        tensors = self.folder.tensors()
+        self.step = int(progress["step"])
         try:
-            self.restorer.load_state_dict(
-                {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-            )
+            self.restorer.load_state_dict(under("restorer", tensors))
         except RuntimeError as exc:
             raise WeightsError(
-                str(self.folder), f"its human view has another shape: {exc}"
+                str(self.folder.folder), f"its human view has another shape: {exc}"
             ) from exc
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("adam/"):
-                _, index, key = name.split("/")
-                moments.setdefault(int(index), {})[key] = value
-        state = self.optimiser.state_dict()
-        state["state"] = moments
-        self.optimiser.load_state_dict(state)
+        self.average.load(under("average", tensors))
+        restore_moments(self.optimiser, tensors)
 
 
 def feature_distance(wanted: Sequence[Tensor], made: Sequence[Tensor]) -> Tensor:

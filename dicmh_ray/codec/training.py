@@ -9,10 +9,9 @@ holds its whole state, and a run that is killed goes on where its last save was.
 
 import dataclasses
 import json
-import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,13 +27,20 @@ from dicmh_ray.codec.checkpoint import read_checkpoint
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher, StructuralDistance
 from dicmh_ray.codec.rate import ContextRate
+from dicmh_ray.codec.run_state import (
+    Report,
+    RunFolder,
+    WeightAverage,
+    cosine_fall,
+    moments_of,
+    prefixed,
+    restore_moments,
+    under,
+)
 from dicmh_ray.errors import WeightsError
 
-logger = logging.getLogger(__name__)
-
-STATE_FILE = "state.safetensors"
-PROGRESS_FILE = "progress.json"
-LOG_FILE = "log.jsonl"
+FILES = {"state": "state.safetensors", "progress": "progress.json", "log": "log.jsonl"}
+"""Of a run, in its folder."""
 
 WARM_START_STEPS = 300
 """Steps in which a run that starts from a checkpoint trains its rate model alone."""
@@ -173,7 +178,7 @@ def train(
     device: str = "cpu",
     start_from: str | Path | None = None,
     teacher: Path | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> CodecNetwork:
     """Train, or go on training, the run in ``folder``.
 
@@ -216,22 +221,23 @@ class _Trainer:
         device: str,
         teacher: Path | None,
     ) -> None:
-        self.photographs, self.folder, self.options = photographs, folder, options
+        self.photographs, self.options = photographs, options
+        self.folder = RunFolder(folder, **FILES)
         self.config, self.device = config, torch.device(device)
         self.network = CodecNetwork(config)
         self.rate = ContextRate(config.y_channels, config.num_states)
         self.step = 0
         self.frozen_steps = 0
         self.loss_size = torch.ones(config.num_states)
-        progress = folder / PROGRESS_FILE
+        progress = self.folder.progress()
         self.network.to(self.device).to(memory_format=torch.channels_last)
         self.rate.to(self.device)
         self.distortion = Distortion(options, self.device, teacher)
-        if not progress.exists():
+        if progress is None:
             rng = np.random.default_rng(options.seed)
             crops = photographs.crops(64, options.crop, rng)
             self.network.initialise_units(crops.to(self.device, torch.float32))
-        self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.average = WeightAverage(self.network, options.ema)
         self.optimiser = torch.optim.Adam(
             [
                 {"params": self.network.parameters(), "factor": 1.0},
@@ -240,8 +246,8 @@ class _Trainer:
             lr=options.learning_rate,
             betas=(0.9, 0.99),
         )
-        if progress.exists():
-            self._load(json.loads(progress.read_text()))
+        if progress is not None:
+            self._load(progress)
 
     def start_from(self, checkpoint: str | Path) -> None:
         """Begin with the weights of a checkpoint, and give the rate model time to fit them."""
@@ -249,10 +255,10 @@ class _Trainer:
         weights = safetensors.torch.load(found.files["weights.safetensors"])
         config = NetworkConfig.from_dict(found.config["network"])
         grow_from(self.network, config, weights, name=str(checkpoint))
-        self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.average = WeightAverage(self.network, self.options.ema)
         self.frozen_steps = WARM_START_STEPS
 
-    def run(self, report: Callable[[dict[str, Any]], None] | None) -> None:
+    def run(self, report: Report | None) -> None:
         options, config = self.options, self.config
         lambdas = torch.tensor(options.lambdas(config.num_states), device=self.device)
         steps = torch.tensor(config.steps, device=self.device)
@@ -266,7 +272,7 @@ class _Trainer:
             if spent >= options.minutes:
                 break
             done = max((self.step - first) / max(options.steps - first, 1), spent / options.minutes)
-            learning_rate = _schedule(done, self._warmed_up()) * options.learning_rate
+            learning_rate = self._warmed_up() * cosine_fall(done) * options.learning_rate
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate * group["factor"]
             crops = self.photographs.crops(options.batch, options.crop, rng)
@@ -294,7 +300,7 @@ class _Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             if torch.isfinite(norm):
                 self.optimiser.step()
-                self._average()
+                self.average.update(self.network, self.step)
             self.step += 1
             sums.index_add_(
                 1, states.cpu(), torch.stack([bpp, error, torch.ones_like(bpp)]).detach().cpu()
@@ -328,18 +334,12 @@ class _Trainer:
                 weight = 0.1 if self.step < 50 else 0.01
                 self.loss_size[state] += weight * (loss - float(self.loss_size[state]))
 
-    def _average(self) -> None:
-        decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for name, value in self.network.state_dict().items():
-                self.average[name].lerp_(value, 1 - decay)
-
     def _report(
         self,
         sums: Tensor,
         learning_rate: float,
         seconds: float,
-        report: Callable[[dict[str, Any]], None] | None,
+        report: Report | None,
     ) -> None:
         bpp, error = (sums[:2] / sums[2].clamp_min(1)).tolist()
         line = {
@@ -349,57 +349,42 @@ class _Trainer:
             "bpp": [round(value, 4) for value in bpp],
             "psnr": [round(10 * math.log10(255**2 / max(value, 1e-9)), 2) for value in error],
         }
-        with (self.folder / LOG_FILE).open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        logger.info("%s", line)
-        if report is not None:
-            report(line)
+        self.folder.log(line, report)
 
     def averaged(self) -> CodecNetwork:
         """The network with its averaged weights."""
         network = CodecNetwork(self.config)
-        network.load_state_dict(self.average)
+        network.load_state_dict(self.average.tensors)
         return network
 
     def save(self) -> None:
         """Write the run's whole state; the previous save stays valid until this one is complete."""
-        tensors = {f"network/{k}": v for k, v in self.network.state_dict().items()}
-        tensors |= {f"average/{k}": v for k, v in self.average.items()}
-        tensors |= {f"rate/{k}": v for k, v in self.rate.state_dict().items()}
-        for i, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam/{i}/{k}": torch.as_tensor(v) for k, v in moments.items()}
+        tensors = prefixed("network", self.network.state_dict())
+        tensors |= prefixed("average", self.average.tensors)
+        tensors |= prefixed("rate", self.rate.state_dict())
+        tensors |= moments_of(self.optimiser)
         tensors["loss_size"] = self.loss_size
-        contiguous = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        partial = self.folder / (STATE_FILE + ".part")
-        save_file(contiguous, partial)
-        partial.replace(self.folder / STATE_FILE)
         progress = {
             "step": self.step,
             "frozen_steps": self.frozen_steps,
             "network": self.config.to_dict(),
             "options": asdict(self.options),
         }
-        partial = self.folder / (PROGRESS_FILE + ".part")
-        partial.write_text(json.dumps(progress, indent=1))
-        partial.replace(self.folder / PROGRESS_FILE)
+        self.folder.save(tensors, progress)
 
     def _load(self, progress: dict[str, Any]) -> None:
         if NetworkConfig.from_dict(progress["network"]) != self.config:
-            raise WeightsError(str(self.folder), "the run was started with another network shape")
-        tensors = load_file(self.folder / STATE_FILE)
+            raise WeightsError(
+                str(self.folder.folder), "the run was started with another network shape"
+            )
+        tensors = self.folder.tensors()
         self.step = int(progress["step"])
         self.frozen_steps = int(progress["frozen_steps"])
         self.loss_size = tensors["loss_size"]
-        for prefix, module in (("network/", self.network), ("rate/", self.rate)):
-            module.load_state_dict(_under(tensors, prefix))
-        self.average = {k: v.to(self.device) for k, v in _under(tensors, "average/").items()}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under(tensors, "adam/").items():
-            index, key = name.split("/")
-            moments.setdefault(int(index), {})[key] = value
-        state = self.optimiser.state_dict()
-        state["state"] = moments
-        self.optimiser.load_state_dict(state)
+        self.network.load_state_dict(under("network", tensors))
+        self.rate.load_state_dict(under("rate", tensors))
+        self.average.load(under("average", tensors))
+        restore_moments(self.optimiser, tensors)
 
 
 class Distortion:
@@ -453,13 +438,3 @@ def grow_from(
     if missing := core - weights.keys():
         raise WeightsError(name, f"{', '.join(sorted(missing))} missing")
     network.load_state_dict({key: weights[key].float() for key in core}, strict=False)
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _schedule(done: float, warmed_up: float) -> float:
-    """Rise, stay, and fall to 2 % along a cosine over the last 60 %."""
-    fall = min(1.0, max(0.0, (done - 0.4) / 0.6))
-    return warmed_up * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
