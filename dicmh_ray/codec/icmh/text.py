@@ -22,15 +22,16 @@ Shape suffixes: B texts, T tokens, D width.
 """
 
 import gzip
+import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -294,17 +295,52 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, size: int = 1024) -> 
     smallest = 2 * 256 + 2
     if size < smallest:
         raise ValueError(f"size is {size}, wanted at least {smallest}")
-    backend = CLIPTokenizer(vocab=_clip_vocabulary([]), merges=[]).backend_tokenizer
-    trainer = BpeTrainer(
-        vocab_size=size,  # counts only the endings it met, so more merges than fit: cut below
-        initial_alphabet=ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
-    _write_tokenizer(merges[: size - smallest], folder)
+    splitter = CLIPTokenizer(vocab=_clip_vocabulary([]), merges=[]).backend_tokenizer
+    pieces: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        for word, _ in splitter.pre_tokenizer.pre_tokenize_str(
+            splitter.normalizer.normalize_str(text)
+        ):
+            pieces[(*word[:-1], word[-1] + "</w>")] += 1
+    _write_tokenizer(_learn_merges(pieces, size - smallest), folder)
     return load_tokenizer(folder)
+
+
+def _learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple[str, str]]:
+    """The ``count`` most useful merges: each time the most frequent pair, the first of equal ones.
+
+    The trainer of the library ``tokenizers`` breaks ties by hash, another way in each process.
+
+    Args:
+        words: letters of each word, and how often it occurs.
+        count: fewer when every word is one token before.
+    """
+    spelled = [(list(letters), times) for letters, times in words.items()]
+    totals: Counter[tuple[str, str]] = Counter()
+    places: dict[tuple[str, str], set[int]] = {}
+    for number, (parts, times) in enumerate(spelled):
+        for pair in itertools.pairwise(parts):
+            totals[pair] += times
+            places.setdefault(pair, set()).add(number)
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count and totals:
+        best = min(totals, key=lambda pair: (-totals[pair], pair))
+        merges.append(best)
+        for number in places.pop(best):
+            parts, times = spelled[number]
+            for pair in itertools.pairwise(parts):
+                totals[pair] -= times
+                if not totals[pair]:
+                    del totals[pair]
+            at = 0
+            while at + 1 < len(parts):
+                if (parts[at], parts[at + 1]) == best:
+                    parts[at : at + 2] = ["".join(best)]
+                at += 1
+            for pair in itertools.pairwise(parts):
+                totals[pair] += times
+                places.setdefault(pair, set()).add(number)
+    return merges
 
 
 def import_openclip_tokenizer(path: Path, folder: Path) -> CLIPTokenizer:
