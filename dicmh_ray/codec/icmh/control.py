@@ -19,7 +19,7 @@ F features of a block, E time embedding.
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -30,6 +30,9 @@ from dicmh_ray.codec.icmh.config import RestorerConfig
 
 NORM_GROUPS = 32
 """Groups of Stable Diffusion's group normalisation."""
+
+UNet: TypeAlias = Any
+"""A diffusers ``UNet2DConditionModel``, of which a type checker sees no attributes."""
 
 
 class EncoderBlock(NamedTuple):
@@ -78,7 +81,7 @@ def _attend(attention: nn.Module | None, x_BFhw: Tensor, context_BTD: Tensor) ->
     return attended
 
 
-def encoder_blocks(unet: UNet2DConditionModel) -> Iterator[EncoderBlock]:
+def encoder_blocks(unet: UNet) -> Iterator[EncoderBlock]:
     """The official ``input_blocks`` of a U-Net, in order."""
     yield EncoderBlock(unet.conv_in, None, takes_time=False)
     for level in unet.down_blocks:
@@ -89,7 +92,7 @@ def encoder_blocks(unet: UNet2DConditionModel) -> Iterator[EncoderBlock]:
             yield EncoderBlock(sampler, None, takes_time=False)
 
 
-def decoder_blocks(unet: UNet2DConditionModel) -> Iterator[DecoderBlock]:
+def decoder_blocks(unet: UNet) -> Iterator[DecoderBlock]:
     """The official ``output_blocks`` of a U-Net, in order."""
     for level in unet.up_blocks:
         attentions = getattr(level, "attentions", [None] * len(level.resnets))
@@ -99,21 +102,19 @@ def decoder_blocks(unet: UNet2DConditionModel) -> Iterator[DecoderBlock]:
             yield DecoderBlock(layer, attention, upsampler)
 
 
-def _middle(
-    unet: UNet2DConditionModel, x_BFhw: Tensor, time_BE: Tensor, context_BTD: Tensor
-) -> Tensor:
+def _middle(unet: UNet, x_BFhw: Tensor, time_BE: Tensor, context_BTD: Tensor) -> Tensor:
     middle: Tensor = unet.mid_block(x_BFhw, time_BE, encoder_hidden_states=context_BTD)
     return middle
 
 
-def _embed_time(unet: UNet2DConditionModel, t_B: Tensor, x_BChw: Tensor) -> Tensor:
+def _embed_time(unet: UNet, t_B: Tensor, x_BChw: Tensor) -> Tensor:
     embedding: Tensor = unet.time_embedding(unet.get_time_embed(x_BChw, t_B))
     return embedding
 
 
 def build_unet(
     config: RestorerConfig, *, in_channels: int, out_channels: int, head_width: int
-) -> UNet2DConditionModel:
+) -> UNet:
     """diffusers' U-Net in the shape of Stable Diffusion 2.1, with any number of levels.
 
     Every level but the coarsest has cross-attention. Group normalisation has 32 groups; where a
@@ -121,7 +122,8 @@ def build_unet(
     """
     widths = config.block_widths
     plain = len(widths) - 1
-    return UNet2DConditionModel(
+    untyped: Any = UNet2DConditionModel
+    return untyped(
         in_channels=in_channels,
         out_channels=out_channels,
         down_block_types=("CrossAttnDownBlock2D",) * plain + ("DownBlock2D",),
@@ -266,13 +268,13 @@ class ControlledUNet(nn.Module):
             base = base + control.zero_middle(steered) * next(scales)
             additions = zip(control.zero_up, reversed(features), scales, strict=True)
 
-        for block in decoder_blocks(unet):
+        for decoder_block in decoder_blocks(unet):
             if additions is not None:
                 zero_conv, feature, scale = next(additions)
                 base = base + zero_conv(feature) * scale
             skip = skips.pop()
             next_size = skips[-1].shape[2:] if skips else None
-            base = block.run(base, skip, time_BE, context_BTD, next_size)
+            base = decoder_block.run(base, skip, time_BE, context_BTD, next_size)
         eps_BChw: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(base)))
         return eps_BChw.to(result_type)
 

@@ -1,9 +1,9 @@
 """Parameter names of the official program <-> ours, for the U-Net, the control branch and the VAE.
 
-The official code numbers the blocks of its U-Net in one row, ``input_blocks.0`` to ``output_blocks.11``;
-diffusers nests them by level. The values are the same but for the attention of the VAE, whose 1x1
-convolutions are linear layers here. Both directions are bijections: a key that no rule explains is
-an error that names it, and nothing is dropped.
+The official code numbers the blocks of its U-Net in one row, ``input_blocks.0`` to
+``output_blocks.11``; diffusers nests them by level. The values are the same but for the attention of
+the VAE, whose 1x1 convolutions are linear layers here. Both directions are bijections: a key that no
+rule explains is an error that names it, and nothing is dropped.
 
     part      prefix in the official checkpoint    keys at full width
     unet      model.diffusion_model.               686
