@@ -11,8 +11,7 @@ Shape suffixes: B images, C channels, i j the grid of y (1/16).
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +27,13 @@ from dicmh_ray.codec import Quality, TaggedStream, TagScore
 from dicmh_ray.codec.checkpoint import LATENT_UNIT, TAGGER_FILE, Checkpoint
 from dicmh_ray.codec.contexts import Symbols
 from dicmh_ray.codec.human import noise_key, window_noise
+from dicmh_ray.codec.image_taggers import without_known
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
 from dicmh_ray.codec.quality import measure
 from dicmh_ray.codec.symbols import MAX_SYMBOL, SymbolCoder, nested_symbols, round_latent
 from dicmh_ray.codec.tables import RATIO, ContextTables
-from dicmh_ray.codec.tagger import TaggerHead, picture_features, without_known
+from dicmh_ray.codec.tagger import TaggerHead, picture_features
+from dicmh_ray.codec.tiles import Window, join_tiles, split_tiles, tiles, windows
 from dicmh_ray.errors import (
     CodecMismatchError,
     EncodeError,
@@ -50,15 +51,6 @@ WINDOW = 128
 
 MAX_REMEMBERED = 24_000_000
 """Symbols of a picture that are kept between ``encode`` and the decodes that choose its states: 16 megapixels."""
-
-
-class _Window(NamedTuple):
-    """A stretch of cells on one axis, with and without its margin."""
-
-    start: int
-    stop: int
-    outer_start: int
-    outer_stop: int
 
 
 class _Noise(NamedTuple):
@@ -225,12 +217,9 @@ class LayeredCodec:
             raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
         rows, columns = (-(-side // ALIGNMENT) for side in image.shape[:2])
         symbols = np.empty((rows, columns, self.latent_channels), np.int16)
-        for down in _windows(rows, self._network.config.encode_margin):
-            for across in _windows(columns, self._network.config.encode_margin):
-                region = image[
-                    ALIGNMENT * down.outer_start : ALIGNMENT * down.outer_stop,
-                    ALIGNMENT * across.outer_start : ALIGNMENT * across.outer_stop,
-                ]
+        for down in windows(rows, size=WINDOW, margin=self._network.config.encode_margin):
+            for across in windows(columns, size=WINDOW, margin=self._network.config.encode_margin):
+                region = image[down.outer(ALIGNMENT), across.outer(ALIGNMENT)]
                 height = ALIGNMENT * (down.outer_stop - down.outer_start)
                 width = ALIGNMENT * (across.outer_stop - across.outer_start)
                 padding = ((0, height - region.shape[0]), (0, width - region.shape[1]), (0, 0))
@@ -238,30 +227,24 @@ class LayeredCodec:
                     lambda x: self._network.encode(x.permute(0, 3, 1, 2).float()),
                     np.pad(region, padding, "edge")[None],
                 )[0]
-                top, left = down.start - down.outer_start, across.start - across.outer_start
-                inner = latent[
-                    :,
-                    top : top + down.stop - down.start,
-                    left : left + across.stop - across.start,
-                ]
-                symbols[down.start : down.stop, across.start : across.stop] = round_latent(
+                inner = latent[:, down.inner(), across.inner()]
+                symbols[down.whole(), across.whole()] = round_latent(
                     np.moveaxis(inner, 0, 2), self._steps[-1]
                 )
         return symbols
 
     def _encode_symbols(self, symbols: Symbols) -> list[State]:
-        tiles = [
+        coded = [
             self._coder.encode(np.ascontiguousarray(symbols[rows, columns]))
-            for rows, columns in _tiles(symbols.shape[:2])
+            for rows, columns in tiles(symbols.shape[:2], size=TILE)
         ]
         states = []
         for state in range(self.num_states):
-            payloads = [tile[state].payload for tile in tiles]
+            payloads = [tile[state].payload for tile in coded]
             crc = 0
-            for tile in tiles:
+            for tile in coded:
                 crc = crc32c(tile[state].refinement, crc)
-            lengths = b"".join(len(p).to_bytes(4, "little") for p in payloads[:-1])
-            states.append(State(lengths + b"".join(payloads), crc))
+            states.append(State(join_tiles(payloads), crc))
         return states
 
     def _recall(self, data: bytes, states: int | None) -> tuple[Header, Symbols, int]:
@@ -290,11 +273,13 @@ class LayeredCodec:
             raise ValueError(f"states is {states}, wanted 1 or more")
         wanted = stream.states[:states]
         shape = (-(-header.height // ALIGNMENT), -(-header.width // ALIGNMENT))
-        tiles = list(_tiles(shape))
-        payloads = [_split(state.payload, len(tiles), k) for k, state in enumerate(wanted)]
+        places = list(tiles(shape, size=TILE))
+        payloads = [
+            split_tiles(state.payload, len(places), f"state {k}") for k, state in enumerate(wanted)
+        ]
         symbols = np.empty((*shape, self.latent_channels), np.int16)
         crcs = [0] * len(wanted)
-        for number, (rows, columns) in enumerate(tiles):
+        for number, (rows, columns) in enumerate(places):
             parent: Symbols | None = None
             cells = (rows.stop - rows.start, columns.stop - columns.start)
             for state in range(len(wanted)):
@@ -318,7 +303,7 @@ class LayeredCodec:
         image = np.empty((ALIGNMENT * rows, ALIGNMENT * columns, 3), np.uint8)
         step = self._steps[state]
 
-        def pixels(symbols_BijC: Tensor, down: _Window, across: _Window) -> Tensor:
+        def pixels(symbols_BijC: Tensor, down: Window, across: Window) -> Tensor:
             states_B = torch.full((len(symbols_BijC),), state, device=self._device)
             y_BCij = symbols_BijC.permute(0, 3, 1, 2).float() * step
             z_BChw = self._network.estimate(y_BCij, states_B)
@@ -327,26 +312,18 @@ class LayeredCodec:
             x = self._network.autoencoder.decode(z_BChw)
             return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
-        for down in _windows(rows, margin):
-            for across in _windows(columns, margin):
-                region = symbols[
-                    down.outer_start : down.outer_stop, across.outer_start : across.outer_stop
-                ]
+        for down in windows(rows, size=WINDOW, margin=margin):
+            for across in windows(columns, size=WINDOW, margin=margin):
+                region = symbols[down.outer(), across.outer()]
                 draw = functools.partial(pixels, down=down, across=across)
                 x = self._run(draw, region[None])[0]
-                top, left = down.start - down.outer_start, across.start - across.outer_start
-                height, width = down.stop - down.start, across.stop - across.start
-                image[
-                    ALIGNMENT * down.start : ALIGNMENT * down.stop,
-                    ALIGNMENT * across.start : ALIGNMENT * across.stop,
-                ] = x[
-                    ALIGNMENT * top : ALIGNMENT * (top + height),
-                    ALIGNMENT * left : ALIGNMENT * (left + width),
+                image[down.whole(ALIGNMENT), across.whole(ALIGNMENT)] = x[
+                    down.inner(ALIGNMENT), across.inner(ALIGNMENT)
                 ]
         return image
 
     def _restore(
-        self, z_BChw: Tensor, state_B: Tensor, noise: _Noise, down: _Window, across: _Window
+        self, z_BChw: Tensor, state_B: Tensor, noise: _Noise, down: Window, across: Window
     ) -> Tensor:
         """Machine estimate of a window of one picture -> human estimate."""
         restorer = self._network.human
@@ -395,37 +372,3 @@ def load_layered_codec(
             raise WeightsError(content.name, f"{key} is not finite")
     frozen = ContextTables.from_arrays(tables, content.name)
     return LayeredCodec(content, network, frozen, unit.numpy(), device)
-
-
-def _windows(cells: int, margin: int) -> list[_Window]:
-    return [
-        _Window(
-            start,
-            min(start + WINDOW, cells),
-            max(start - margin, 0),
-            min(start + WINDOW + margin, cells),
-        )
-        for start in range(0, cells, WINDOW)
-    ]
-
-
-def _tiles(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    rows, columns = shape
-    for top in range(0, rows, TILE):
-        for left in range(0, columns, TILE):
-            yield slice(top, min(top + TILE, rows)), slice(left, min(left + TILE, columns))
-
-
-def _split(payload: bytes, tiles: int, state: int) -> list[bytes]:
-    """Cut a state's payload into its tiles': lengths of all but the last come first."""
-    section, table = f"state {state}", 4 * (tiles - 1)
-    if len(payload) < table:
-        raise SymbolError(section, f"{len(payload)} bytes do not hold {tiles} tiles")
-    lengths = np.frombuffer(payload, "<u4", tiles - 1).astype(np.int64).tolist()
-    edges = [table]
-    for length in lengths:
-        edges.append(edges[-1] + length)
-    if edges[-1] > len(payload):
-        raise SymbolError(section, f"its tiles need more than {len(payload)} bytes")
-    edges.append(len(payload))
-    return [payload[start:stop] for start, stop in itertools.pairwise(edges)]

@@ -147,6 +147,13 @@ class PackedPhotographs:
         present = [[float(word in self.tags[i]) for word in words] for i in drawn]
         return self._cut(drawn, size, rng), torch.tensor(present).reshape(count, len(words))
 
+    def tagged_crops(
+        self, count: int, size: int, rng: np.random.Generator
+    ) -> tuple[Tensor, list[tuple[str, ...]]]:
+        """As :meth:`crops`, and the tags of the picture that each is from."""
+        drawn = self._draw(count, size, rng)
+        return self._cut(drawn, size, rng), [self.tags[i] for i in drawn]
+
     def _draw(self, count: int, size: int, rng: np.random.Generator) -> list[int]:
         areas = np.array([h * w for _, h, w in self.entries], np.float64)
         areas *= [min(h, w) >= size for _, h, w in self.entries]

@@ -1,0 +1,307 @@
+"""IcmhCodec: the networks and the exact symbol coder of Diff-ICMH in encode and decode order.
+
+    image ──VAE──> z ──lfgcm──> y, hyper z ──ExactEntropyModel──> one state ──frame──> bitstream
+    bitstream ──ExactEntropyModel──> y ──lfgcm──> c ──VAE──> machine view
+                                                  └─control, U-Net(tags), noise(stream)──> human view
+
+Large pictures are cut twice: y and the hyper latent into tiles of 1024 pixels that are coded on their
+own, and the networks' work into overlapping windows, so that memory is bounded by a window's.
+
+Shape suffixes: B images, C channels of the VAE's latent, M N channels of y and the hyper latent,
+i j the grid of y (1/16), k l that of the hyper latent (1/64), h w that of the VAE's latent (1/8).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dicmh_ray.bitstream import Bitstream, Header, State, parse_bitstream, write_bitstream
+from dicmh_ray.checksum import crc32c
+from dicmh_ray.codec import Quality
+from dicmh_ray.codec.checkpoint import Checkpoint
+from dicmh_ray.codec.icmh.control import ControlledUNet
+from dicmh_ray.codec.icmh.exact import ExactEntropyModel
+from dicmh_ray.codec.icmh.noise import StreamNoise, check_normals
+from dicmh_ray.codec.icmh.parts import (
+    NORMALS,
+    Parts,
+    has_human_view,
+    load_arrays,
+    load_human_parts,
+    load_machine_parts,
+    load_vocabulary,
+)
+from dicmh_ray.codec.icmh.sampling import Sampler
+from dicmh_ray.codec.icmh.text import TextEncoder, tags_text
+from dicmh_ray.codec.icmh.tiling import TiledUNet, decode_tiled
+from dicmh_ray.codec.quality import measure
+from dicmh_ray.codec.tiles import join_tiles, split_tiles, tiles, windows
+from dicmh_ray.errors import (
+    CodecMismatchError,
+    EncodeError,
+    InvalidHeaderError,
+    SymbolError,
+    ViewError,
+)
+
+ALIGNMENT = 64
+"""Pictures are padded to multiples of this many pixels: one cell of the hyper latent."""
+
+TILE = 16
+"""Hyper cells per side of a tile of symbols: 1024 pixels."""
+
+WINDOW = 32
+"""Hyper cells per side of a window of the latent coder's networks: 2048 pixels."""
+
+ENCODE_MARGIN = 2
+"""Hyper cells around a window that its analysis sees. Any symbols decode, so this needs not be exact."""
+
+DECODE_MARGIN = 6
+"""Hyper cells around a window of y that its estimate depends on: the networks' reach is below five."""
+
+MAX_REMEMBERED = 16_777_216
+"""Pixels of a picture whose latents are kept between ``encode`` and the decode that measures it."""
+
+Image = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+class _Latents(NamedTuple):
+    """What a stream decodes to, exactly."""
+
+    y_MIJ: Floats
+    z_NKL: Floats
+
+
+class IcmhCodec:
+    """Diff-ICMH. See :class:`dicmh_ray.codec.ImageCodec` for the contract.
+
+    A stream has one state. Its latent is y, dequantised; what the VAE decodes is estimated from it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, parts: Parts, device: str) -> None:
+        self.codec_id = checkpoint.codec_id
+        self.num_states = 1
+        self.latent_channels = parts.config.latent_coder.y_channels
+        self.views: tuple[str, ...] = (
+            ("machine", "human") if has_human_view(checkpoint) else ("machine",)
+        )
+        self._checkpoint = checkpoint
+        self._parts = parts
+        self._device = torch.device(device)
+        for module in parts.modules().values():
+            module.to(self._device)
+        arrays = load_arrays(checkpoint)
+        self._normals = check_normals(arrays.pop(NORMALS), checkpoint.name)
+        self._exact = ExactEntropyModel.from_arrays(arrays)
+        self._vocabulary = load_vocabulary(checkpoint)
+        self._sampler = Sampler(parts.config.sampler)
+        self._verified: list[tuple[bytes, _Latents]] = []
+
+    def encode(
+        self,
+        images: Sequence[Image],
+        *,
+        tags: Sequence[Sequence[str]],
+        exif_orientations: Sequence[int],
+    ) -> list[bytes]:
+        self._verified.clear()
+        return [
+            self._encode_one(image, own, orientation)
+            for image, own, orientation in zip(images, tags, exif_orientations, strict=True)
+        ]
+
+    def decode(
+        self, bitstreams: Sequence[bytes], *, states: int | None = None, view: str = "machine"
+    ) -> list[Image]:
+        if view not in self.views:
+            raise ViewError(view, ", ".join(self.views))
+        images = []
+        for data in bitstreams:
+            stream, latents = self._decode_latents(data, states)
+            header = stream.header
+            with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
+                c_BChw = self._estimate(latents)
+                if view == "human":
+                    c_BChw = self._restore(c_BChw, stream)
+                image = self._pixels(c_BChw)[: header.height, : header.width]
+            if header.is_grey:
+                grey = np.rint(image.mean(2, keepdims=True, dtype=np.float32))
+                image = np.repeat(grey.astype(np.uint8), 3, 2)
+            images.append(np.ascontiguousarray(image))
+        return images
+
+    def decode_latent(
+        self, bitstreams: Sequence[bytes], *, states: int | None = None
+    ) -> list[npt.NDArray[np.float16]]:
+        return [
+            self._decode_latents(data, states)[1].y_MIJ.astype(np.float16) for data in bitstreams
+        ]
+
+    def measure(self, originals: Sequence[Image], decoded: Sequence[Image]) -> list[Quality]:
+        return measure(originals, decoded)
+
+    def _encode_one(self, image: Image, tags: Sequence[str], exif_orientation: int) -> bytes:
+        """Code a picture's latents, and decode them again to be sure."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
+        y_MIJ, z_NKL = self._analyse(image)
+        coded = [
+            self._exact.encode(
+                np.ascontiguousarray(y_MIJ[:, _times4(rows), _times4(columns)]),
+                np.ascontiguousarray(z_NKL[:, rows, columns]),
+            )
+            for rows, columns in tiles(z_NKL.shape[1:], size=TILE)
+        ]
+        header = Header(
+            codec_id=self.codec_id,
+            width=image.shape[1],
+            height=image.shape[0],
+            exif_orientation=exif_orientation,
+            is_grey=bool(
+                (image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all()
+            ),
+            num_states=1,
+        )
+        state = State(
+            join_tiles([tile.payload for tile in coded]),
+            _join_crcs([tile.symbol_crc for tile in coded]),
+        )
+        data = write_bitstream(header, tags, [state], vocabulary=self._vocabulary)
+        _, latents = self._decode_latents(data, None)
+        for tile, (rows, columns) in zip(coded, tiles(z_NKL.shape[1:], size=TILE), strict=True):
+            decoded_y = latents.y_MIJ[:, _times4(rows), _times4(columns)]
+            decoded_z = latents.z_NKL[:, rows, columns]
+            if not (
+                np.array_equal(decoded_y, tile.y_hat) and np.array_equal(decoded_z, tile.z_hat)
+            ):
+                raise EncodeError("the stream does not decode to the latents that were encoded")
+        if image.shape[0] * image.shape[1] <= MAX_REMEMBERED:
+            self._verified.append((data, latents))
+        return data
+
+    def _analyse(self, image: Image) -> _Latents:
+        """Latents of a picture before they are rounded."""
+        config = self._parts.config.latent_coder
+        rows, columns = (-(-side // ALIGNMENT) for side in image.shape[:2])
+        bottom, right = rows * ALIGNMENT - image.shape[0], columns * ALIGNMENT - image.shape[1]
+        y_MIJ = np.empty((config.y_channels, 4 * rows, 4 * columns), np.float32)
+        z_NKL = np.empty((config.z_channels, rows, columns), np.float32)
+        padded = np.pad(image, ((0, bottom), (0, right), (0, 0)), "edge")
+        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
+            for down in windows(rows, size=WINDOW, margin=ENCODE_MARGIN):
+                for across in windows(columns, size=WINDOW, margin=ENCODE_MARGIN):
+                    region = padded[down.outer(ALIGNMENT), across.outer(ALIGNMENT)]
+                    x = torch.from_numpy(np.ascontiguousarray(region)).to(self._device)
+                    x_B3HW = x.permute(2, 0, 1)[None].float() / 255
+                    ref_BChw = self._parts.vae.encode(2 * x_B3HW - 1)
+                    y_BMij, z_BNkl = self._parts.latent_coder.analyse(x_B3HW, ref_BChw)
+                    y = y_BMij[0, :, down.inner(4), across.inner(4)]
+                    z = z_BNkl[0, :, down.inner(1), across.inner(1)]
+                    y_MIJ[:, down.whole(4), across.whole(4)] = y.cpu().numpy()
+                    z_NKL[:, down.whole(1), across.whole(1)] = z.cpu().numpy()
+        return _Latents(y_MIJ, z_NKL)
+
+    def _decode_latents(self, data: bytes, states: int | None) -> tuple[Bitstream, _Latents]:
+        """The parsed stream, and its latents: those remembered, or decoded now."""
+        stream = parse_bitstream(data, vocabulary=self._vocabulary)
+        header = stream.header
+        if header.codec_id != self.codec_id[:16]:
+            raise CodecMismatchError(self.codec_id[:16], header.codec_id)
+        if header.num_states != 1:
+            raise InvalidHeaderError("state count", header.num_states, "1")
+        if states is not None and states < 1:
+            raise ValueError(f"states is {states}, wanted 1 or more")
+        for whole, latents in self._verified:
+            if whole == data:
+                return stream, latents
+        config = self._parts.config.latent_coder
+        shape = (-(-header.height // ALIGNMENT), -(-header.width // ALIGNMENT))
+        places = list(tiles(shape, size=TILE))
+        y_MIJ = np.empty((config.y_channels, 4 * shape[0], 4 * shape[1]), np.float32)
+        z_NKL = np.empty((config.z_channels, *shape), np.float32)
+        crcs = []
+        for payload, (rows, columns) in zip(
+            split_tiles(stream.states[0].payload, len(places), "state 0"), places, strict=True
+        ):
+            grid = (4 * (rows.stop - rows.start), 4 * (columns.stop - columns.start))
+            decoded = self._exact.decode(payload, grid)
+            y_MIJ[:, _times4(rows), _times4(columns)] = decoded.y_hat
+            z_NKL[:, rows, columns] = decoded.z_hat
+            crcs.append(decoded.symbol_crc)
+        if _join_crcs(crcs) != stream.states[0].symbol_crc:
+            raise SymbolError("state 0", "symbols do not match their checksum")
+        return stream, _Latents(y_MIJ, z_NKL)
+
+    def _estimate(self, latents: _Latents) -> Tensor:
+        """The estimate of the scaled VAE latent, ``[1, C, h, w]``."""
+        config = self._parts.config.latent_coder
+        rows, columns = latents.z_NKL.shape[1:]
+        c_BChw = torch.empty(1, config.latent_channels, 8 * rows, 8 * columns, device=self._device)
+        for down in windows(rows, size=WINDOW, margin=DECODE_MARGIN):
+            for across in windows(columns, size=WINDOW, margin=DECODE_MARGIN):
+                y = torch.from_numpy(latents.y_MIJ[:, down.outer(4), across.outer(4)])
+                z = torch.from_numpy(latents.z_NKL[:, down.outer(1), across.outer(1)])
+                found = self._parts.latent_coder.estimate(
+                    y[None].to(self._device), z[None].to(self._device)
+                )
+                c_BChw[..., down.whole(8), across.whole(8)] = found[
+                    ..., down.inner(8), across.inner(8)
+                ]
+        return c_BChw
+
+    def _restore(self, c_BChw: Tensor, stream: Bitstream) -> Tensor:
+        """The diffusion sampler's latent, guided by the decoded one and the tags."""
+        restorer, text = self._human_parts()
+        texts = [tags_text(stream.tags), ""]
+        context_BTD, empty_BTD = text.embed(texts).split(1)
+        return self._sampler.draw(
+            TiledUNet(restorer),
+            shape=tuple(c_BChw.shape),
+            context_BTD=context_BTD,
+            empty_context_BTD=empty_BTD,
+            hint_BChw=c_BChw,
+            noise=StreamNoise(
+                [stream.states[0].payload], c_BChw.shape[1], self._normals, self._device
+            ),
+        )
+
+    def _human_parts(self) -> tuple[ControlledUNet, TextEncoder]:
+        """Restorer and text encoder, read when they are first wanted: they are the largest parts."""
+        if self._parts.restorer is None:
+            load_human_parts(self._checkpoint, self._parts)
+            for module in self._parts.modules().values():
+                module.to(self._device)
+        return self._parts.generative()
+
+    def _pixels(self, z_BChw: Tensor) -> Image:
+        """A scaled latent -> uint8 ``[H, W, 3]``, padding included."""
+        x_B3HW = decode_tiled(self._parts.vae, z_BChw)
+        samples = ((x_B3HW[0] + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+        image: Image = samples.permute(1, 2, 0).cpu().numpy()
+        return image
+
+
+def load_icmh_codec(
+    content: Checkpoint, *, device: str = "auto", threads: int | None = None
+) -> IcmhCodec:
+    """Load a checkpoint's networks and tables. Else as ``load_codec``."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return IcmhCodec(content, load_machine_parts(content), device)
+
+
+def _times4(cells: slice) -> slice:
+    """Hyper cells -> cells of y."""
+    return slice(4 * cells.start, 4 * cells.stop)
+
+
+def _join_crcs(crcs: Sequence[int]) -> int:
+    """One checksum of the symbols of all tiles."""
+    return crc32c(b"".join(crc.to_bytes(4, "little") for crc in crcs))

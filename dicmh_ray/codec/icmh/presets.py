@@ -1,0 +1,213 @@
+"""The recipe of Diff-ICMH codecs: packed photographs in, checkpoint directory out.
+
+    photographs.bin ──train──> prior ──train──> lfgcm + control ──fit──> checkpoint/
+
+``diff-icmh`` is the paper's, around the frozen parts of a converted Stable Diffusion checkpoint;
+``diff-icmh-small`` needs nothing but photographs and trains on a CPU: its VAE is the autoencoder
+of the default checkpoint, its prior and text encoder are trained here. Each
+stage leaves its result in the run's folder, and a run that was stopped goes on.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from dicmh_ray.codec.checkpoint import Checkpoint, read_checkpoint
+from dicmh_ray.codec.icmh.config import (
+    IcmhConfig,
+    LatentCoderConfig,
+    RestorerConfig,
+    SamplerConfig,
+    TextConfig,
+    VaeConfig,
+)
+from dicmh_ray.codec.icmh.exact import ExactEntropyModel
+from dicmh_ray.codec.icmh.parts import (
+    Parts,
+    build_parts,
+    load_human_parts,
+    load_machine_parts,
+    write_icmh_checkpoint,
+)
+from dicmh_ray.codec.icmh.patch_vae import take_autoencoder
+from dicmh_ray.codec.icmh.text import TOKENIZER_FILES, train_tokenizer
+from dicmh_ray.codec.icmh.training import CodecStage, IcmhOptions, PriorStage
+from dicmh_ray.codec.run_state import Report
+from dicmh_ray.codec.training import PackedPhotographs
+from dicmh_ray.errors import WeightsError
+from dicmh_ray.tags import Vocabulary
+
+CHECKPOINT_NAME = "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IcmhPreset:
+    """A named combination of shapes and schedules."""
+
+    network: IcmhConfig
+
+    codec: IcmhOptions
+    """Schedule of the latent coder and the control branch."""
+
+    prior: IcmhOptions | None
+    """Schedule of the U-Net and the text encoder; None: they come with the checkpoint given."""
+
+    calibration_crops: int = 16
+    """Crops of 256x256 that the integer entropy model is calibrated on."""
+
+
+ICMH_PRESETS: Mapping[str, IcmhPreset] = {
+    "diff-icmh": IcmhPreset(network=IcmhConfig(), codec=IcmhOptions(), prior=None),
+    "diff-icmh-small": IcmhPreset(
+        network=IcmhConfig(
+            vae=VaeConfig(
+                kind="patch",
+                settings={
+                    "num_luma": 64,
+                    "num_chroma": 16,
+                    "blocks": 2,
+                    "hidden": 96,
+                    "emphasis": 0.5,
+                },
+                scaling=1.0,
+            ),
+            latent_coder=LatentCoderConfig(
+                latent_channels=96,
+                encoder_widths=(16, 32, 64, 96),
+                z_channels=48,
+                y_channels=96,
+                prior_channels=32,
+                shared_channels=32,
+                context_widths=(48, 32),
+                slices=(4, 4, 8, 8, 24, 48),
+            ),
+            restorer=RestorerConfig(
+                block_widths=(64, 96, 128),
+                layers_per_block=1,
+                context_channels=64,
+                head_width=32,
+                control_head_width=16,
+            ),
+            text=TextConfig(
+                width=64, layers=2, heads=4, feed_forward=128, vocabulary_size=640, max_tokens=24
+            ),
+            sampler=SamplerConfig(kind="dpm-solver++", steps=10, guidance=1.5),
+        ),
+        codec=IcmhOptions(
+            batch=6,
+            crop=128,
+            learning_rate=6e-4,
+            weight_decay=0.0,
+            clip=1.0,
+            ema=0.995,
+            distortion=4.0,
+            rate=2.0,
+        ),
+        prior=IcmhOptions(
+            batch=8, crop=128, learning_rate=8e-4, weight_decay=0.0, clip=1.0, ema=0.995
+        ),
+    ),
+}
+"""``diff-icmh`` needs ``start_from``; ``diff-icmh-small`` is for tests, trials and a CPU."""
+
+
+def train_icmh(
+    photographs: PackedPhotographs,
+    folder: Path,
+    *,
+    preset: str,
+    options: IcmhOptions | None = None,
+    prior: IcmhOptions | None = None,
+    device: str = "auto",
+    start_from: str | Path | None = None,
+    report: Report | None = None,
+) -> Checkpoint:
+    """Train, or go on training, and export to ``folder/checkpoint``.
+
+    Args:
+        photographs: what to train on; their tags guide the human view.
+        folder: the run: state of each stage, logs and checkpoint.
+        preset: a name in :data:`ICMH_PRESETS`.
+        options: replaces the preset's schedule of the codec.
+        prior: replaces its schedule of the prior.
+        device: a torch device, or ``"auto"`` for CUDA where there is one.
+        start_from: a Diff-ICMH checkpoint whose parts a new run begins with; where the preset
+            trains no prior, one is needed.
+        report: called every 50 steps with the step and the losses.
+
+    Raises:
+        WeightsError: ``folder`` holds a run of another shape, or ``start_from`` does not fit.
+    """
+    chosen = ICMH_PRESETS[preset]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = torch.device(device)
+    output = folder / CHECKPOINT_NAME
+    words = sorted({word for tags in photographs.tags for word in tags})
+    if start_from is not None:
+        parts = _given_parts(read_checkpoint(start_from), output)
+    else:
+        parts = _new_parts(chosen, words, output)
+    for module in parts.modules().values():
+        module.to(target)
+    if chosen.prior is not None:
+        stage = PriorStage(parts, photographs, folder, prior or chosen.prior, target)
+        stage.run(report)
+    CodecStage(parts, photographs, folder, options or chosen.codec, target).run(report)
+    for module in parts.modules().values():
+        module.cpu().eval()
+    return write_icmh_checkpoint(
+        parts,
+        calibrate(parts, photographs, chosen.calibration_crops).to_arrays(),
+        output,
+        provenance={
+            "preset": preset,
+            "photographs": len(photographs.entries),
+            "options": dataclasses.asdict(options or chosen.codec),
+        },
+        vocabulary=Vocabulary(words) if words else None,
+    )
+
+
+def calibrate(parts: Parts, photographs: PackedPhotographs, crops: int) -> ExactEntropyModel:
+    """The integer entropy model of a latent coder, its ranges taken from crops of photographs."""
+    rng = np.random.default_rng(7)
+    pictures = []
+    with torch.inference_mode():
+        for _ in range(crops):
+            x = photographs.crops(1, 256, rng).float() / 255
+            pictures.append((x, parts.vae.encode(2 * x - 1)))
+    return ExactEntropyModel.fit(parts.latent_coder, pictures)
+
+
+def _new_parts(preset: IcmhPreset, words: Sequence[str], output: Path) -> Parts:
+    """Random networks around the autoencoder of the default checkpoint, and a tokenizer."""
+    if preset.network.vae.kind != "patch":
+        raise WeightsError(
+            "Diff-ICMH", "this preset begins with the parts of a checkpoint: give one"
+        )
+    tokenizer = output / "tokenizer"
+    if not all((tokenizer / name).is_file() for name in TOKENIZER_FILES):
+        train_tokenizer(words, tokenizer, size=preset.network.text.vocabulary_size)
+    torch.manual_seed(preset.codec.seed)
+    parts = build_parts(preset.network, tokenizer)
+    weights = safetensors.torch.load(read_checkpoint().files["weights.safetensors"])
+    take_autoencoder(parts.vae.network, weights)
+    parts.vae.eval().requires_grad_(requires_grad=False)
+    return parts
+
+
+def _given_parts(checkpoint: Checkpoint, output: Path) -> Parts:
+    """The parts of a checkpoint, and its tokenizer beside where the new one will lie."""
+    parts = load_machine_parts(checkpoint)
+    load_human_parts(checkpoint, parts)
+    for name in TOKENIZER_FILES:
+        path = output / "tokenizer" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(checkpoint.files[f"tokenizer/{name}"])
+    return parts

@@ -1,0 +1,211 @@
+"""One stage of training as a loop: losses, optimisers, averaged weights, saves, log.
+
+What a stage trains and what it minimises is said by its subclass. The loop is the same for one
+process and for several: where ``torch.distributed`` has been set up (``torchrun``, Ray Train), every
+process draws other crops, gradients are averaged, and the first one writes the files.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dicmh_ray.codec.run_state import (
+    Report,
+    RunFolder,
+    WeightAverage,
+    cosine_fall,
+    moments_of,
+    prefixed,
+    restore_moments,
+    under,
+)
+from dicmh_ray.errors import WeightsError
+
+Losses = Mapping[str, tuple[float, Tensor]]
+"""Name -> weight and mean over a batch. A weight of 0 is reported and not minimised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageOptions:
+    """Schedule of a stage; what is minimised is in the options of each."""
+
+    steps: int = 10**9
+    """Optimiser steps of the whole stage; with ``minutes``, whichever ends first."""
+
+    minutes: float = math.inf
+    """Wall-clock budget of this call. The learning rate falls to 2 % towards the end."""
+
+    batch: int = 16
+    """Crops a step and process."""
+
+    crop: int = 512
+    """Pixels per side, a multiple of 64."""
+
+    learning_rate: float = 5e-5
+    """Peak rate."""
+
+    weight_decay: float = 0.01
+
+    clip: float = math.inf
+    """Largest norm of a gradient."""
+
+    ema: float = 0.999
+    """Decay of the running average of the weights that is exported."""
+
+    is_constant: bool = False
+    """Keep the learning rate, as the official recipe does, instead of letting it fall."""
+
+    precision: str = "fp32"
+    """``fp32``, or ``bf16``: autocast around everything but the latent coder."""
+
+    seed: int = 231
+    save_seconds: float = 120.0
+    report_steps: int = 50
+
+
+class Stage(ABC):
+    """Trains modules that share one forward pass, ``self.losses``."""
+
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Module],
+        folder: RunFolder,
+        options: StageOptions,
+        device: torch.device,
+    ) -> None:
+        self.trained = dict(trained)
+        self.folder, self.options, self.device = folder, options, device
+        self.step = 0
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank() if is_distributed else 0
+        self.processes = torch.distributed.get_world_size() if is_distributed else 1
+        self.averages = {
+            name: WeightAverage(module, options.ema) for name, module in self.trained.items()
+        }
+        self.optimisers = self.make_optimisers()
+        progress = folder.progress()
+        if progress is not None:
+            self._load(progress)
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
+        """Arguments of the forward pass for one step."""
+
+    @abstractmethod
+    def forward_module(self) -> nn.Module:
+        """The module whose call, with what :meth:`draw` gave, returns :data:`Losses`."""
+
+    def make_optimisers(self) -> Sequence[torch.optim.Optimizer]:
+        """The optimisers; the first one follows the schedule, the others keep their rate."""
+        parameters = [p for module in self.trained.values() for p in module.parameters()]
+        return [
+            torch.optim.AdamW(
+                parameters,
+                lr=self.options.learning_rate,
+                weight_decay=self.options.weight_decay,
+            )
+        ]
+
+    def run(self, report: Report | None = None) -> None:
+        """Train until the steps or the minutes are over; the modules end with averaged weights."""
+        options = self.options
+        rng = np.random.default_rng([options.seed, self.step, self.rank])
+        torch.manual_seed(options.seed + self.step + 7919 * self.rank)
+        forward = self.forward_module()
+        if self.processes > 1:
+            forward = DistributedDataParallel(forward)
+        parameters = [p for module in self.trained.values() for p in module.parameters()]
+        started = last_save = time.monotonic()
+        first = self.step
+        sums: dict[str, float] = {}
+        while self.step < options.steps:
+            spent = (time.monotonic() - started) / 60
+            if self._all_agree(spent >= options.minutes):
+                break
+            done = max((self.step - first) / max(options.steps - first, 1), spent / options.minutes)
+            rate = min(1.0, (self.step + 1) / 200)
+            rate *= 1.0 if options.is_constant else cosine_fall(done)
+            for group in self.optimisers[0].param_groups:
+                group["lr"] = options.learning_rate * rate
+            losses: Losses = forward(*self.draw(rng))
+            loss = torch.stack([weight * value for weight, value in losses.values() if weight])
+            for optimiser in self.optimisers:
+                optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss.sum())
+            norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+            if torch.isfinite(norm):
+                for optimiser in self.optimisers:
+                    optimiser.step()
+                for name, module in self.trained.items():
+                    self.averages[name].update(module, self.step)
+            self.step += 1
+            for name, (_, value) in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            if self.step % options.report_steps == 0:
+                self._report(sums, time.monotonic() - started, report)
+                sums = {}
+            if time.monotonic() - last_save > options.save_seconds:
+                self.save()
+                last_save = time.monotonic()
+        self.save()
+        for name, module in self.trained.items():
+            module.load_state_dict(self.averages[name].tensors)
+            module.eval()
+
+    def save(self) -> None:
+        """Write the stage's whole state; the previous save stays valid until it is complete."""
+        if self.rank:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.trained.items():
+            tensors |= prefixed(f"module/{name}", module.state_dict())
+            tensors |= prefixed(f"average/{name}", self.averages[name].tensors)
+        for number, optimiser in enumerate(self.optimisers):
+            tensors |= moments_of(optimiser, f"adam{number}")
+        # safetensors has no room for tensors without elements of their own shape: tables to come.
+        self.folder.save(
+            {k: v for k, v in tensors.items() if v.numel()},
+            {"step": self.step, **self.progress_facts()},
+        )
+
+    def progress_facts(self) -> dict[str, Any]:
+        """What the progress file says beside the step."""
+        return {}
+
+    def _load(self, progress: dict[str, Any]) -> None:
+        tensors = self.folder.tensors()
+        self.step = int(progress["step"])
+        try:
+            for name, module in self.trained.items():
+                empty = {k: v for k, v in module.state_dict().items() if not v.numel()}
+                module.load_state_dict(under(f"module/{name}", tensors) | empty)
+                self.averages[name].load(under(f"average/{name}", tensors) | empty)
+        except (RuntimeError, KeyError) as exc:
+            raise WeightsError(
+                str(self.folder.folder), f"the run was started with another shape: {exc}"
+            ) from exc
+        for number, optimiser in enumerate(self.optimisers):
+            restore_moments(optimiser, tensors, f"adam{number}")
+
+    def _report(self, sums: dict[str, float], seconds: float, report: Report | None) -> None:
+        if self.rank:
+            return
+        line: dict[str, Any] = {"step": self.step, "seconds": round(seconds, 1)}
+        line |= {name: round(value / self.options.report_steps, 5) for name, value in sums.items()}
+        self.folder.log(line, report)
+
+    def _all_agree(self, stop: bool) -> bool:
+        """Whether to stop, as the first process sees it: clocks differ, step counts must not."""
+        if self.processes == 1:
+            return stop
+        flag = torch.tensor(int(stop), device=self.device)
+        torch.distributed.broadcast(flag, 0)
+        return bool(flag)
