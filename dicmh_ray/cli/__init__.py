@@ -75,6 +75,21 @@ StorageOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where the codec runs: cpu, cuda, cuda:1, auto.")]
 CheckpointOption = Annotated[str, typer.Option(help="Checkpoint: `default` or a directory.")]
+VocabularyOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Words to look for, one a line. Default: the checkpoint's, where it has some.",
+    ),
+]
+ThresholdOption = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Score from which a word is a tag.")
+]
+TopKOption = Annotated[int | None, typer.Option(min=1, help="Tags of a picture at most.")]
+PromptOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Sentence with {} for the word. Repeatable: averaged."),
+]
 
 
 @app.callback()
@@ -126,6 +141,16 @@ def compress(
         bool,
         typer.Option("--suggest-tags", help="Add tags that the checkpoint's tagger is sure of."),
     ] = False,
+    tagger: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TAGGER", help="Add tags: clip:DIR, siglip:DIR, package.module:name or head."
+        ),
+    ] = None,
+    vocabulary: VocabularyOption = None,
+    threshold: ThresholdOption = None,
+    top_k: TopKOption = None,
+    prompt: PromptOption = None,
     image_column: Annotated[str | None, typer.Option(help="Parquet: column of images.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Parquet: column of keys.")] = None,
     checkpoint: CheckpointOption = "default",
@@ -164,8 +189,17 @@ def compress(
         dicmh compress 'shards/{000..099}.tar' s3://bucket/archive --tag-field cls
 
         dicmh compress data.parquet out/ --image-column image --target-bpp 0.5 --runtime local
+
+        dicmh compress photos/ archive/ --tagger siglip:models/siglip --vocabulary words.txt
     """
+    from dicmh_ray.cli.tagger_options import HEAD, TaggerArguments
     from dicmh_ray.cli.writing import CompressArguments, run_compress
+
+    options = {"vocabulary": vocabulary, "threshold": threshold, "top_k": top_k}
+    if tagger in (None, HEAD) and (prompt or any(value is not None for value in options.values())):
+        raise typer.BadParameter(
+            "--vocabulary, --threshold, --top-k and --prompt go with --tagger clip:, siglip: or code"
+        )
 
     run_compress(
         CompressArguments(
@@ -179,7 +213,7 @@ def compress(
                 "min_worst_tile_psnr": min_tile_psnr,
                 "keep_original": keep_original.value,
                 "base_states": base_states,
-                "suggest_tags": suggest_tags,
+                "suggest_tags": suggest_tags or tagger == HEAD,
             },
             source={
                 "tag_fields": tag_field or (),
@@ -194,6 +228,15 @@ def compress(
             resume=resume,
             failure_budget=failure_budget,
             storage_options=storage_option or [],
+            tagger=None
+            if tagger is None
+            else TaggerArguments(
+                tagger=tagger,
+                vocabulary=vocabulary,
+                threshold=threshold,
+                top_k=top_k,
+                prompts=prompt or (),
+            ),
         ),
         dry_run=dry_run,
         as_json=as_json,
@@ -570,21 +613,49 @@ def train_tagger(
 @app.command()
 def tag(
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Image files.")],
+    tagger: Annotated[
+        str,
+        typer.Option(
+            metavar="TAGGER",
+            help="`head`: the checkpoint's. clip:DIR, siglip:DIR: zero-shot. package.module:name.",
+        ),
+    ] = "head",
+    vocabulary: VocabularyOption = None,
+    threshold: ThresholdOption = None,
+    top_k: TopKOption = None,
+    prompt: PromptOption = None,
     checkpoint: CheckpointOption = "default",
     device: DeviceOption = "auto",
     every: Annotated[
         bool, typer.Option("--all", help="Every word the tagger knows, suggested or not.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """Print the suggested tags of pictures, a line for each: file, tab, tag, tab, probability.
+    """Print the tags of pictures, a line for each: file, tab, tag, tab, score.
 
-    Example:
+    Examples:
 
         dicmh tag photo.jpg
+
+        dicmh tag *.jpg --tagger clip:models/clip --vocabulary words.txt --top-k 5 --json
     """
+    from dicmh_ray.cli.tagger_options import TaggerArguments
     from dicmh_ray.cli.tagging import run_tag
 
-    run_tag(pictures, checkpoint=checkpoint, device=device, every=every)
+    run_tag(
+        pictures,
+        TaggerArguments(
+            tagger=tagger,
+            vocabulary=vocabulary,
+            threshold=threshold,
+            top_k=top_k,
+            prompts=prompt or (),
+        ),
+        checkpoint=checkpoint,
+        device=device,
+        every=every,
+        as_json=as_json,
+    )
 
 
 @app.command()

@@ -1,15 +1,20 @@
 """Bodies of ``dicmh train-tagger`` and ``dicmh tag``."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dicmh_ray.cli.output import EXIT_ERROR, say, tell, told_in_one_line
-from dicmh_ray.codec import TagSuggester, load_codec
-from dicmh_ray.errors import SourceImageError, WeightsError
+from dicmh_ray.cli.tagger_options import TaggerArguments
+from dicmh_ray.codec import TagScore, TagSuggester, load_codec
+from dicmh_ray.codec.image_taggers import best_tags, load_image_tagger
+from dicmh_ray.errors import DicmhError, SourceImageError, WeightsError
 from dicmh_ray.source import load_pixels
 from dicmh_ray.tag_recipe import report_lines, train_tagger
 
@@ -54,24 +59,66 @@ def run_train_tagger(
     tell(f"wrote {output}")
 
 
-def run_tag(pictures: Sequence[Path], *, checkpoint: str, device: str, every: bool) -> None:
-    """Print tags; a picture that cannot be read is named, and the exit code is 1 then."""
+def run_tag(
+    pictures: Sequence[Path],
+    arguments: TaggerArguments,
+    *,
+    checkpoint: str,
+    device: str,
+    every: bool,
+    as_json: bool,
+) -> None:
+    """Print tags; a picture that cannot be read or tagged is named, and the exit code is 1 then."""
     failures = []
     with told_in_one_line():
-        codec = load_codec(checkpoint, device=device)
-        if not isinstance(codec, TagSuggester):
-            raise WeightsError(checkpoint, "this codec suggests no tags")
+        spec = arguments.spec(checkpoint, every=every)
+        if spec is None:
+            tags_of = _head(arguments, checkpoint, device, every=every)
+        else:
+            tagger = load_image_tagger(spec, device=device)
+            tags_of = lambda image: tagger.tag([image])[0]
         for path in pictures:
             try:
-                image = load_pixels(path.read_bytes()).image
+                tags = tags_of(load_pixels(path.read_bytes()).image)
             except SourceImageError as exc:
                 failures.append(f"{path}: {exc}")
                 continue
-            streams = codec.encode([image], tags=[()], exif_orientations=[1])
-            found = codec.tag_probabilities(streams) if every else codec.suggest_tags(streams)
-            for tag in found[0]:
+            except (DicmhError, OSError):
+                raise
+            except Exception as exc:  # noqa: BLE001  the user's code: other pictures may do
+                failures.append(f"{path}: {type(exc).__name__}: {exc}")
+                continue
+            if as_json:
+                found = [{"tag": tag.tag, "score": tag.score} for tag in tags]
+                say(json.dumps({"file": str(path), "tags": found}))
+                continue
+            for tag in tags:
                 say(f"{path}\t{tag.tag}\t{tag.score:.3f}")
     for failure in failures:
         tell(f"error: {failure}")
     if failures:
         raise typer.Exit(EXIT_ERROR)
+
+
+def _head(
+    arguments: TaggerArguments, checkpoint: str, device: str, *, every: bool
+) -> Callable[[npt.NDArray[np.uint8]], Sequence[TagScore]]:
+    """The checkpoint's own tagger, which reads the stream of a picture.
+
+    Each of its words has a threshold, or is never suggested; a threshold of the user's stands for
+    all of them.
+    """
+    codec = load_codec(checkpoint, device=device)
+    if not isinstance(codec, TagSuggester):
+        raise WeightsError(checkpoint, "this codec suggests no tags")
+
+    def tags_of(image: npt.NDArray[np.uint8]) -> Sequence[TagScore]:
+        streams = codec.encode([image], tags=[()], exif_orientations=[1])
+        if every:
+            return codec.tag_probabilities(streams)[0]
+        if arguments.threshold is None:
+            return codec.suggest_tags(streams)[0][: arguments.top_k]
+        found = codec.tag_probabilities(streams)[0]
+        return best_tags(found, arguments.threshold, arguments.top_k or len(found))
+
+    return tags_of

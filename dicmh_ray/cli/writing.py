@@ -21,6 +21,7 @@ from dicmh_ray.cli.output import (
     usage_checked,
 )
 from dicmh_ray.cli.progress import JobDisplay
+from dicmh_ray.cli.tagger_options import TaggerArguments
 from dicmh_ray.errors import ArchiveNotFoundError
 from dicmh_ray.pipeline import EncodeOptions, EncodePolicy, JobReport
 from dicmh_ray.pipeline.encode import FAILURE_CAUSES
@@ -47,6 +48,7 @@ class CompressArguments:
     resume: bool
     failure_budget: str
     storage_options: Sequence[str]
+    tagger: TaggerArguments | None = None
 
     def source_options(self) -> SourceOptions:
         """How sources are read."""
@@ -62,6 +64,8 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
         source_options = arguments.source_options()
         ray_options = RayOptions(address=arguments.ray_address, workers=arguments.workers)
         budget = _budget(arguments.failure_budget)
+    with told_in_one_line():
+        tagger = arguments.tagger.spec(arguments.checkpoint) if arguments.tagger else None
     if dry_run:
         with told_in_one_line():
             _print_plan(arguments, source_options, as_json=as_json)
@@ -83,6 +87,7 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
                     encode_options=EncodeOptions(
                         device=arguments.device, threads=arguments.threads
                     ),
+                    tagger=tagger,
                     ray_options=ray_options,
                     storage_options=storage_options(arguments.storage_options, arguments.archive),
                 )

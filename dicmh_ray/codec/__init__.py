@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULT_CHECKPOINT",
     "Checkpoint",
     "ImageCodec",
+    "ImageTagger",
     "Quality",
     "TagScore",
     "TagSuggester",
@@ -45,12 +46,13 @@ class Quality(NamedTuple):
 
 
 class TagScore(NamedTuple):
-    """A word and how sure a codec's tagger is of it."""
+    """A word and how sure a tagger is of it."""
 
     tag: str
 
     score: float
-    """Probability, 0..1, calibrated on the tagger's labelled photographs: it holds for their like."""
+    """0..1. A codec's own tagger gives a probability, calibrated on its labelled photographs: it
+    holds for their like. Others say what theirs mean."""
 
 
 class TaggedStream(NamedTuple):
@@ -120,6 +122,20 @@ class ImageCodec(Protocol):
         decoded: Sequence[npt.NDArray[np.uint8]],
     ) -> list[Quality]:
         """Compare pairs of uint8 ``[H, W, 3]`` pictures of equal shape."""
+
+
+class ImageTagger(Protocol):
+    """What says which words fit a picture: a zero-shot model, or code of the user's.
+
+    :func:`dicmh_ray.codec.image_taggers.load_image_tagger` makes one of a description.
+    """
+
+    def tag(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[tuple[TagScore, ...]]:
+        """Tags of pictures, the surest first; each word once.
+
+        Args:
+            images: each uint8 ``[H, W, 3]``, RGB, upright, of any sizes.
+        """
 
 
 @runtime_checkable

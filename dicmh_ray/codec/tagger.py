@@ -28,7 +28,6 @@ import safetensors.numpy
 from dicmh_ray.codec import TagScore
 from dicmh_ray.codec.checkpoint import TAGGER_FILE
 from dicmh_ray.errors import WeightsError
-from dicmh_ray.tags import encode_tags
 
 FORMAT = "dicmh-tagger/1"
 
@@ -247,20 +246,6 @@ def probability(score: float, slope: float, offset: float) -> float:
     """The logistic curve."""
     x = max(-60.0, min(60.0, slope * score + offset))
     return 1.0 / (1.0 + math.exp(-x))
-
-
-def without_known(own_tags: Sequence[str], suggestions: Sequence[TagScore]) -> tuple[TagScore, ...]:
-    """The suggestions that a picture's own tags do not hold yet, in any case of letters.
-
-    None of them where a stream has no room for both: own tags come first.
-    """
-    known = {tag.casefold() for tag in own_tags}
-    added = tuple(tag for tag in suggestions if tag.tag.casefold() not in known)
-    try:
-        encode_tags([*own_tags, *(tag.tag for tag in added)])
-    except ValueError:
-        return ()
-    return added
 
 
 def _stretches(cells: int, parts: int) -> list[slice]:

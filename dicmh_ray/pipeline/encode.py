@@ -24,11 +24,13 @@ import numpy.typing as npt
 
 from dicmh_ray.archive.schema import EncodedImage
 from dicmh_ray.bitstream import prefix_bytes
-from dicmh_ray.codec import ImageCodec, Quality, TagScore, TagSuggester
+from dicmh_ray.codec import ImageCodec, ImageTagger, Quality, TagScore, TagSuggester
+from dicmh_ray.codec.image_taggers import without_known
 from dicmh_ray.errors import (
     CodecMismatchError,
     MissingExtraError,
     SourceImageError,
+    TaggerError,
     UnreadableImageError,
     UnsupportedImageError,
     WeightsError,
@@ -43,6 +45,7 @@ KeepOriginal = Literal["never", "below-floor", "always"]
 UNREADABLE = "unreadable"
 UNSUPPORTED = "unsupported"
 ENCODE_FAILED = "encode-failed"
+TAG_FAILED = "tag-failed"
 CRASH = "crash"
 DAMAGED_SOURCE = "damaged-source"
 BELOW_FLOOR = "below-floor"
@@ -51,7 +54,7 @@ LARGER_THAN_SOURCE = "larger-than-source"
 MAX_REASON_CHARS = 500
 """Of ``error``: some libraries put whole tensors into their messages."""
 
-FAILURE_CAUSES = frozenset({UNREADABLE, ENCODE_FAILED, CRASH, DAMAGED_SOURCE})
+FAILURE_CAUSES = frozenset({UNREADABLE, ENCODE_FAILED, TAG_FAILED, CRASH, DAMAGED_SOURCE})
 """Causes that count against a job's failure budget, whether the original bytes were kept or not.
 The other causes are decisions of the policy, not failures."""
 
@@ -169,6 +172,7 @@ def encode_images(
     *,
     options: EncodeOptions | None = None,
     quarantine: Collection[int] = (),
+    tagger: ImageTagger | None = None,
 ) -> Iterator[EncodedImage]:
     """Encode images to rows, one row for each, in order.
 
@@ -182,10 +186,12 @@ def encode_images(
         options: batch size and threads.
         quarantine: positions (0-based) in ``images`` that killed a worker process before: their
             bytes are not looked at, they become rows with the error ``crash``.
+        tagger: its words follow an image's own tags, with their scores. An image it fails on
+            becomes a row with the error ``tag-failed``.
 
     Raises:
-        CodecMismatchError, WeightsError, MissingExtraError: the codec itself is unusable, which no
-            other image will change. Every other failure is a row.
+        CodecMismatchError, WeightsError, TaggerError, MissingExtraError: codec or tagger itself is
+            unusable, which no other image will change. Every other failure is a row.
     """
     options = options or EncodeOptions()
     batch_pixels = options.batch_pixels or 2**20
@@ -196,14 +202,14 @@ def encode_images(
     for loaded in _load_ahead(images, options, frozenset(quarantine)):
         size = loaded.pixels.image.shape[0] * loaded.pixels.image.shape[1] if loaded.pixels else 0
         if batch and num_pixels + size > batch_pixels:
-            rows = _encode_batch(batch, codec, policy, start)
+            rows = _encode_batch(batch, codec, policy, start, tagger)
             start = _last_states(rows, start)
             yield from rows
             batch, num_pixels = [], 0
         batch.append(loaded)
         # A row without pixels waits in the batch to keep the order; its bytes count as pixels do.
         num_pixels += size or len(loaded.source.data)
-    yield from _encode_batch(batch, codec, policy, start)
+    yield from _encode_batch(batch, codec, policy, start, tagger)
 
 
 def _last_states(rows: Sequence[EncodedImage], default: int) -> int:
@@ -257,17 +263,47 @@ def _reason(error: SourceImageError) -> str:
 
 
 def _encode_batch(
-    batch: Sequence[_Loaded], codec: ImageCodec, policy: EncodePolicy, start: int
+    batch: Sequence[_Loaded],
+    codec: ImageCodec,
+    policy: EncodePolicy,
+    start: int,
+    tagger: ImageTagger | None,
 ) -> list[EncodedImage]:
     """Rows for a batch, in its order; those without pixels never reach the codec."""
-    with_pixels = [item for item in batch if item.pixels is not None]
+    if tagger is not None:
+        batch = _tag_group(batch, tagger)
+    with_pixels = [item for item in batch if item.failure is None]
     encoded = iter(_encode_group(with_pixels, codec, policy, start))
     return [
         next(encoded)
-        if item.pixels is not None
+        if item.failure is None
         else _row_without_stream(item, policy, item.failure or UNREADABLE)
         for item in batch
     ]
+
+
+def _tag_group(group: Sequence[_Loaded], tagger: ImageTagger) -> list[_Loaded]:
+    """Add what the tagger says; on a failure by halves, as in :func:`_encode_group`."""
+    with_pixels = [item for item in group if item.pixels is not None]
+    if not with_pixels:
+        return list(group)
+    try:
+        found = iter(tagger.tag([item.pixels.image for item in with_pixels if item.pixels]))
+        return [
+            item._replace(suggested=without_known(item.source.tags, next(found)))
+            if item.pixels is not None
+            else item
+            for item in group
+        ]
+    except (TaggerError, MissingExtraError):
+        raise
+    except Exception as exc:  # noqa: BLE001  the user's code, perhaps: find the image, record it
+        if len(group) == 1:
+            _log.warning("tagging %r failed: %r", group[0].key, exc)
+            reason = f"{TAG_FAILED}: {type(exc).__name__}: {exc}"[:MAX_REASON_CHARS]
+            return [group[0]._replace(failure=reason)]
+    middle = len(group) // 2
+    return [*_tag_group(group[:middle], tagger), *_tag_group(group[middle:], tagger)]
 
 
 def _encode_group(
@@ -281,7 +317,7 @@ def _encode_group(
         return []
     try:
         images = [item.pixels.image for item in group if item.pixels is not None]
-        tags = [item.source.tags for item in group]
+        tags = [(*item.source.tags, *(tag.tag for tag in item.suggested)) for item in group]
         orientations = [item.pixels.exif_orientation for item in group if item.pixels]
         if policy.suggest_tags:
             tagged = _suggester(codec).encode_with_suggestions(
@@ -289,7 +325,7 @@ def _encode_group(
             )
             streams = [one.stream for one in tagged]
             group = [
-                item._replace(suggested=one.suggested)
+                item._replace(suggested=(*item.suggested, *one.suggested))
                 for item, one in zip(group, tagged, strict=True)
             ]
         else:

@@ -24,8 +24,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dicmh_ray.archive import ArchiveWriter, Commit, EncodedImage, Plan, create_archive
-from dicmh_ray.codec import DEFAULT_CHECKPOINT, ImageCodec, load_codec, read_checkpoint
+from dicmh_ray.codec import (
+    DEFAULT_CHECKPOINT,
+    ImageCodec,
+    ImageTagger,
+    load_codec,
+    read_checkpoint,
+)
 from dicmh_ray.codec.checkpoint import TAGGER_FILE
+from dicmh_ray.codec.image_taggers import TaggerSpec, load_image_tagger
 from dicmh_ray.errors import (
     CodecMismatchError,
     DicmhError,
@@ -35,6 +42,7 @@ from dicmh_ray.errors import (
     PlanConflictError,
     SourceFormatError,
     SourceImageError,
+    TaggerError,
     WeightsError,
 )
 from dicmh_ray.pipeline.encode import (
@@ -48,7 +56,9 @@ from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_
 
 _log = logging.getLogger(__name__)
 
-FATAL_ERRORS = (CodecMismatchError, MissingExtraError, PlanConflictError, WeightsError)
+FATAL_ERRORS = (
+    CodecMismatchError, MissingExtraError, PlanConflictError, TaggerError, WeightsError
+)  # fmt: skip
 """Errors that no other unit and no second attempt will be free of: the job stops at once."""
 
 MAX_ATTEMPTS = 3
@@ -256,12 +266,20 @@ class Job:
     policy: EncodePolicy
     source_options: SourceOptions
     encode_options: EncodeOptions
+    tagger: TaggerSpec | None = None
+
+    def load_tagger(self) -> ImageTagger | None:
+        """The job's tagger, in this process. Raises TaggerError when it is not there or another."""
+        if self.tagger is None:
+            return None
+        return load_image_tagger(self.tagger, device=self.encode_options.device)
 
     def run_unit(
         self,
         unit: Unit,
         codec: ImageCodec,
         *,
+        tagger: ImageTagger | None = None,
         quarantine: Collection[int] = (),
         on_row: Callable[[EncodedImage], None] | None = None,
     ) -> UnitResult:
@@ -270,6 +288,7 @@ class Job:
         Args:
             unit: one of the plan's.
             codec: what :meth:`Checkpoint.load` returned in this process.
+            tagger: what :meth:`load_tagger` returned in this process.
             quarantine: positions of images that killed a worker, see :func:`encode_images`.
             on_row: called with each row before it is written.
         """
@@ -292,7 +311,12 @@ class Job:
             info.update(causes=dict(sorted(causes.items())), psnr_sum=psnr_sum)
 
         rows = encode_images(
-            self.read(unit), codec, self.policy, options=self.encode_options, quarantine=quarantine
+            self.read(unit),
+            codec,
+            self.policy,
+            options=self.encode_options,
+            quarantine=quarantine,
+            tagger=tagger,
         )
         commit = self.writer.commit_unit(unit.name, watched(rows), info=info)
         return UnitResult(
@@ -443,6 +467,7 @@ def plan_job(
     policy: EncodePolicy | None = None,
     source_options: SourceOptions | None = None,
     encode_options: EncodeOptions | None = None,
+    tagger: TaggerSpec | None = None,
     resume: bool = True,
     storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Job, list[Unit], JobReport]:
@@ -455,6 +480,7 @@ def plan_job(
         policy: rate and originals; part of the plan.
         source_options: how sources are read; part of the plan.
         encode_options: device, threads, batches; not part of the plan.
+        tagger: says what pictures show, besides their own tags; part of the plan.
         resume: go on with an archive that has commits; False refuses it.
         storage_options: for the archive's store. Never written anywhere.
 
@@ -466,6 +492,7 @@ def plan_job(
         PlanConflictError: the archive was begun with other sources, codec or policy.
         JobError: ``resume`` is False and the archive has commits.
         WeightsError: the checkpoint is missing or incomplete, or should suggest tags and cannot.
+        TaggerError: the tagger is not there.
     """
     policy = policy or EncodePolicy()
     source_options = source_options or SourceOptions()
@@ -475,6 +502,9 @@ def plan_job(
     if policy.suggest_tags and checkpoint.factory is None:
         # The codec_id does not cover the tagger, but rows depend on it.
         parameters["tagger_sha256"] = checkpoint.tagger_sha256()
+    if tagger is not None:
+        tagger = tagger.pinned()
+        parameters["tagger"] = tagger.identity()
     plan = Plan(
         units=[unit.to_dict() for unit in units],
         codec_id=checkpoint.codec_id,
@@ -496,6 +526,7 @@ def plan_job(
         policy=policy,
         source_options=source_options,
         encode_options=encode_options or EncodeOptions(),
+        tagger=tagger,
     )
     report = JobReport(
         archive=archive,
@@ -519,10 +550,11 @@ def compress_local(job: Job, units: Sequence[Unit], monitor: JobMonitor) -> JobR
     """
     monitor.report.runtime = "local"
     codec = job.checkpoint.load(job.encode_options) if units else None
+    tagger = job.load_tagger() if units else None
     for unit in units:
         while codec is not None:
             try:
-                result = job.run_unit(unit, codec, on_row=monitor.saw)
+                result = job.run_unit(unit, codec, tagger=tagger, on_row=monitor.saw)
             except (DicmhError, OSError) as exc:
                 if not monitor.wants_retry(unit, exc):
                     break

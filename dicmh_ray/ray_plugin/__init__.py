@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dicmh_ray.codec import DEFAULT_CHECKPOINT, ImageCodec
+from dicmh_ray.codec.image_taggers import TaggerSpec
 from dicmh_ray.errors import MissingExtraError
 from dicmh_ray.pipeline import (
     EncodeOptions,
@@ -38,6 +39,7 @@ def compress(
     progress: Progress | None = None,
     source_options: SourceOptions | None = None,
     encode_options: EncodeOptions | None = None,
+    tagger: TaggerSpec | None = None,
     ray_options: RayOptions | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> JobReport:
@@ -59,6 +61,8 @@ def compress(
         progress: called with the live report, at most a few times a second.
         source_options: columns, tag fields, limits of the source.
         encode_options: device, threads, batches.
+        tagger: says what pictures show, besides their own tags: a zero-shot model or code of yours,
+            loaded once in each worker.
         ray_options: which cluster, how many workers.
         storage_options: for the archive's store.
 
@@ -66,7 +70,7 @@ def compress(
         the report of this run; the archive has its manifest.
 
     Raises:
-        SourceNotFoundError, PlanConflictError, WeightsError: nothing was begun.
+        SourceNotFoundError, PlanConflictError, WeightsError, TaggerError: nothing was begun.
         FailureBudgetError: too many images failed; what was done is committed.
         JobError: some units could not be run; the others are committed.
     """
@@ -77,6 +81,7 @@ def compress(
         policy=policy,
         source_options=source_options,
         encode_options=encode_options,
+        tagger=tagger,
         resume=resume,
         storage_options=storage_options,
     )

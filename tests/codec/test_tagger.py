@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 from dicmh_ray.bitstream import parse_bitstream
 from dicmh_ray.cli import app
 from dicmh_ray.codec import TagScore, TagSuggester, load_codec, read_checkpoint
+from dicmh_ray.codec.image_taggers import without_known
 from dicmh_ray.codec.layered_codec import LayeredCodec, load_layered_codec
 from dicmh_ray.codec.tagger import (
     TaggerHead,
     num_features,
     picture_features,
     probability,
-    without_known,
 )
 from dicmh_ray.codec.tagger_fitting import (
     LabelledPhotograph,
