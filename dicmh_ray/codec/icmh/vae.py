@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dicmh_ray.codec.icmh.config import VaeConfig
 from dicmh_ray.codec.icmh.control import NORM_GROUPS
+from dicmh_ray.codec.icmh.patch_vae import build_patch, patch_posterior
 
 
 class Kind(NamedTuple):
@@ -93,6 +94,7 @@ def _untyped(network_class: Any) -> Any:
 
 KINDS: dict[str, Kind] = {
     "kl": Kind(_build_kl, _kl_posterior, lambda network, z: network.decode(z).sample),
+    "patch": Kind(build_patch, patch_posterior, lambda network, z: network.decode(z)),
     "tiny": Kind(
         _build_tiny,
         lambda network, x: (network.encode(x).latents, None),
