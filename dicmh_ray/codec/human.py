@@ -10,21 +10,22 @@ in units of the residual's standard deviation for each channel and state. So a s
 the starting point of the diffusion, and one network serves all states. The network predicts ``r_0``;
 the sampler takes one to four evaluations. Every picture it makes is generated, and is marked so.
 
-Noise is Philox integers through a normal table that travels in the checkpoint, addressed by
-stream, evaluation and place: a window of a picture gets the noise of the whole, on any machine.
+Noise is addressed by stream, evaluation and place (:mod:`.noise`): a window of a picture gets the
+noise of the whole, on any machine. Its normal table travels in the checkpoint.
 
 Shape suffixes: B images, C channels of z, h w the 1/8 grid, E embedding.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dicmh_ray.codec.noise import noise_key, normal_table, window_noise
+
+__all__ = ["DiffusionRestorer", "noise_key", "window_noise"]
 
 EMBEDDING = 64
 NORMAL_LEVELS = 4096
@@ -94,9 +95,8 @@ class DiffusionRestorer(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.spread: Tensor
         self.register_buffer("spread", torch.ones(num_states, channels))
-        levels = (torch.arange(NORMAL_LEVELS, dtype=torch.float64) + 0.5) / NORMAL_LEVELS
         self.normals: Tensor
-        self.register_buffer("normals", (math.sqrt(2) * torch.erfinv(2 * levels - 1)).float())
+        self.register_buffer("normals", normal_table(NORMAL_LEVELS))
 
     def forward(
         self, noisy_BChw: Tensor, z_BChw: Tensor, time_B: Tensor, state_B: Tensor, word_BN: Tensor
@@ -139,31 +139,3 @@ class DiffusionRestorer(nn.Module):
         """Tags -> float ``[N]``; words outside the vocabulary are left out."""
         present = set(tags)
         return torch.tensor([float(word in present) for word in self.words])
-
-
-def noise_key(first_state: bytes) -> int:
-    """Seed of a stream's noise, from the bytes of its first state: the same for every prefix."""
-    return int.from_bytes(hashlib.sha256(first_state).digest()[:8], "little")
-
-
-def window_noise(
-    key: int,
-    evaluation: int,
-    rows: tuple[int, int],
-    columns: tuple[int, int],
-    channels: int,
-    normals: npt.NDArray[np.float32],
-) -> npt.NDArray[np.float32]:
-    """Standard normal noise of a window of cells, ``[channels, rows, columns]``.
-
-    Each row of cells has a Philox counter of its own, so any window is found without the rest.
-    """
-    lanes_per_word = 4
-    words = -(-columns[1] * channels // lanes_per_word)
-    out = np.empty((rows[1] - rows[0], columns[1] - columns[0], channels), np.float32)
-    for i, row in enumerate(range(*rows)):
-        generator = np.random.Philox(key=[key, evaluation], counter=[0, 0, row, 0])
-        lanes = generator.random_raw(words).astype("<u8").view("<u2")[: columns[1] * channels]
-        cells = lanes.reshape(columns[1], channels)[columns[0] :] & (NORMAL_LEVELS - 1)
-        out[i] = normals[cells]
-    return np.moveaxis(out, 2, 0)
