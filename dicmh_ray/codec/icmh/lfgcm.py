@@ -141,7 +141,7 @@ def anchor_mask(grid: Sequence[int], device: torch.device) -> Tensor:
 
 def pack(values: Tensor, is_anchor: bool) -> Tensor:
     """The positions of one parity: ``[..., i, j]`` -> ``[..., i, j / 2]``; j even."""
-    packed = torch.empty(*values.shape[:-1], values.shape[-1] // 2).to(values)
+    packed = values.new_empty(*values.shape[:-1], values.shape[-1] // 2)
     packed[..., 0::2, :] = values[..., 0::2, int(is_anchor) :: 2]
     packed[..., 1::2, :] = values[..., 1::2, int(not is_anchor) :: 2]
     return packed
@@ -149,7 +149,7 @@ def pack(values: Tensor, is_anchor: bool) -> Tensor:
 
 def unpack(packed: Tensor, is_anchor: bool) -> Tensor:
     """The inverse of :func:`pack`, zero at the positions of the other parity."""
-    values = torch.zeros(*packed.shape[:-1], packed.shape[-1] * 2).to(packed)
+    values = packed.new_zeros(*packed.shape[:-1], packed.shape[-1] * 2)
     values[..., 0::2, int(is_anchor) :: 2] = packed[..., 0::2, :]
     values[..., 1::2, int(not is_anchor) :: 2] = packed[..., 1::2, :]
     return values
