@@ -46,6 +46,7 @@ LAZY = {
     ("codec/__init__.py", "dicmh_ray.codec.icmh.icmh_codec"): "the same",
     ("codec/image_taggers.py", "dicmh_ray.codec.zero_shot"): "torch, when a model shall tag",
     ("codec/image_taggers.py", "transformers.utils.hub"): "the same, for hub ids only",
+    ("cli/__init__.py", "dicmh_ray.cli.converting"): "the help must not wait, and torch",
     ("cli/__init__.py", "dicmh_ray.cli.measuring"): "the help must not wait for bodies of commands",
     ("cli/__init__.py", "dicmh_ray.cli.reading"): "the same",
     ("cli/__init__.py", "dicmh_ray.cli.tagger_options"): "the same",

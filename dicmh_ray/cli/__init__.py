@@ -659,6 +659,73 @@ def tag(
 
 
 @app.command()
+def convert(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to make; with --to-official a file.")
+    ],
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FILE", help="Official .ckpt or .safetensors, in any order."),
+    ] = None,
+    to_official: Annotated[
+        Path | None,
+        typer.Option("--to-official", metavar="DIR", help="Back: this checkpoint directory."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Shapes, where not the official ones: a config.json or its directory."),
+    ] = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Halve all weights but the latent coder's.")
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="Photographs to fit the integer entropy tables on."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with vocab.json and merges.txt.")
+    ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Words that streams name by number."),
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PREFIX", help="Further tensors to leave out. Repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check names and shapes; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn official Diff-ICMH weights into a checkpoint directory, or back. Runs nothing in them.
+
+    Examples:
+
+        dicmh convert model.ckpt -o diff-icmh/ --tokenizer sd21/tokenizer --calibration photos/
+
+        dicmh convert --to-official diff-icmh/ -o model.ckpt
+    """
+    from dicmh_ray.cli.converting import ConvertArguments, run_convert
+
+    run_convert(
+        ConvertArguments(
+            sources=sources or [],
+            to_official=to_official,
+            output=output,
+            config=config,
+            fp16=fp16,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            drop=drop or [],
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
 def version(as_json: JsonOption = False) -> None:
     """Print the versions of package, default checkpoint and libraries."""
     from dicmh_ray.cli.measuring import run_version

@@ -16,11 +16,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from dicmh_ray.codec.checkpoint import DIFF_ICMH, FORMAT
 from dicmh_ray.codec.icmh.config import IcmhConfig
+from dicmh_ray.codec.icmh.exact import ExactEntropyModel
+from dicmh_ray.codec.icmh.lfgcm import ALIGNMENT, LatentCoder
 from dicmh_ray.codec.icmh.lightning import TensorFacts, WeightsFile, open_weights
 from dicmh_ray.codec.icmh.official_parts import (
     LATENT_CODER,
@@ -34,6 +40,7 @@ from dicmh_ray.codec.icmh.official_parts import (
     old_bottleneck_name,
 )
 from dicmh_ray.codec.icmh.text import TOKENIZER_FILES, TOKENIZER_FOLDER, load_tokenizer
+from dicmh_ray.codec.icmh.vae import Vae
 from dicmh_ray.codec.icmh.whole_files import (
     ByteCount,
     ReportProgress,
@@ -46,6 +53,11 @@ from dicmh_ray.errors import WeightsError
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _CHUNK_BYTES = 2**24
+
+TABLES_FILE = "tables.safetensors"
+
+CALIBRATION_PX = 256
+"""Sides, at most, of what the entropy model sees of a photograph."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +124,7 @@ def convert_official(
     config: IcmhConfig | None = None,
     tokenizer: Path | None = None,
     vocabulary: Path | None = None,
+    calibration: Sequence[npt.NDArray[np.uint8]] = (),
     drop: Sequence[str] = (),
     dry_run: bool = False,
     report: ReportProgress = lambda *_: None,
@@ -129,6 +142,9 @@ def convert_official(
             trace in the weights, hence a configuration cannot be read off them.
         tokenizer: folder with ``vocab.json`` and ``merges.txt``, to be put in as well.
         vocabulary: text file with a word a line, to be put in as well.
+        calibration: photographs ``[H, W, 3]``, RGB, on whose middles the integer entropy model of
+            our own streams is fitted (``tables.safetensors``). A dozen will do. None: no such file,
+            and the directory is for :func:`to_official` and training only.
         drop: prefixes of further tensors that may be left out.
         dry_run: check all names and shapes, and write nothing.
         report: called as bytes are read and written.
@@ -136,6 +152,7 @@ def convert_official(
     Raises:
         WeightsError: a source is damaged or refused, a tensor is missing, unexpected, of another
             shape, or has no finite values; or the output exists or does not fit on the disk.
+        ValueError: no photograph of the calibration has a side of 64 pixels.
         OSError: a file cannot be read or written.
     """
     config = config or IcmhConfig()
@@ -146,7 +163,7 @@ def convert_official(
     _check_shapes(merged)
     parts = {part.name: _size(part, fp16) for part in merged.parts}
     ordered = tuple(file.path for file in merged.sources)
-    missing = ["tables.safetensors"]
+    missing = [] if len(calibration) else [TABLES_FILE]
     if tokenizer is None:
         missing += [f"{TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_FILES]
     if vocabulary is None:
@@ -173,6 +190,9 @@ def convert_official(
             if vocabulary is not None:
                 shutil.copyfile(vocabulary, folder / "vocabulary.txt")
             _write_config(folder, config, digests, ordered, fp16)
+            if len(calibration):
+                report(f"fitting tables on {len(calibration)} photographs", total, total)
+                _write_tables(folder, config, calibration)
             if [_stamp(path) for path in sources] != before:
                 raise WeightsError(str(output), "a source was changed during the conversion")
     return ConversionReport(
@@ -421,6 +441,36 @@ def _write_config(
     with (folder / "config.json").open("wb") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
         flush(file)
+
+
+def _write_tables(
+    folder: Path, config: IcmhConfig, photographs: Sequence[npt.NDArray[np.uint8]]
+) -> None:
+    """Fit the integer entropy model with the weights in ``folder`` (:mod:`.exact`)."""
+    coder, vae = LatentCoder(config.latent_coder), Vae(config.vae)
+    for module, name in ((coder, LATENT_CODER), (vae.network, "vae")):
+        state = safetensors.torch.load_file(folder / f"{name}.safetensors")
+        floats = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        module.load_state_dict(floats, strict=True)
+        module.eval()
+    pairs = []
+    with torch.inference_mode():
+        for crop in map(_middle, photographs):
+            if crop.size:
+                x = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255
+                pairs.append((x, vae.encode(2 * x - 1)))
+    arrays = ExactEntropyModel.fit(coder, pairs).to_arrays()
+    integers = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with (folder / TABLES_FILE).open("wb") as file:
+        file.write(safetensors.numpy.save(integers))
+        flush(file)
+
+
+def _middle(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The middle of a picture, whole multiples of 64 pixels, 256 at most; empty of a small one."""
+    sides = [min(side, CALIBRATION_PX) // ALIGNMENT * ALIGNMENT for side in picture.shape[:2]]
+    top, left = ((p - side) // 2 for p, side in zip(picture.shape[:2], sides, strict=True))
+    return np.ascontiguousarray(picture[top : top + sides[0], left : left + sides[1]])
 
 
 def _sha256(path: Path, progress: Callable[[str, int], None]) -> str:

@@ -8,10 +8,15 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from dicmh_ray.cli import app
+from dicmh_ray.codec.checkpoint import read_checkpoint
 from dicmh_ray.codec.icmh import convert, whole_files
 from dicmh_ray.codec.icmh.config import (
     IcmhConfig,
@@ -24,12 +29,13 @@ from dicmh_ray.codec.icmh.control import ControlledUNet
 from dicmh_ray.codec.icmh.convert import convert_official, read_config, to_official
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
 from dicmh_ray.codec.icmh.official_parts import official_parts, old_bottleneck_name
+from dicmh_ray.codec.icmh.parts import load_human_parts, load_machine_parts
 from dicmh_ray.codec.icmh.text import TextEncoder, train_tokenizer
 from dicmh_ray.codec.icmh.vae import Vae
 from dicmh_ray.errors import WeightsError
 
 SMALL = IcmhConfig(
-    vae=VaeConfig(settings={"block_out_channels": [4, 8], "layers_per_block": 1}),
+    vae=VaeConfig(settings={"block_out_channels": [4, 4, 4, 8], "layers_per_block": 1}),
     latent_coder=LatentCoderConfig(
         encoder_widths=(4, 4, 6, 6),
         z_channels=8,
@@ -230,7 +236,7 @@ def test_a_half_migrated_bottleneck_is_refused(tmp_path, number):
 
 def test_a_bottleneck_with_both_names_of_a_tensor_is_refused(tmp_path):
     state = whole_state()
-    state[f"{BOTTLENECK}factors.0"] = state[f"{BOTTLENECK}_factor0"]
+    state[f"{BOTTLENECK}factors.0"] = state[f"{BOTTLENECK}_factor0"].clone()
     assert "half migrated" in refusal(tmp_path, state)
 
 
@@ -374,7 +380,7 @@ def test_an_unexpected_tensor_of_a_part_is_named(tmp_path, key):
 def test_a_tensor_that_nobody_explained_is_refused_until_it_is(tmp_path):
     state = {**whole_state(), "aux_net.weight": torch.ones(1), "aux_net.bias": torch.ones(1)}
     message = refusal(tmp_path, state)
-    assert "'aux_net.weight' is of no part of the codec" in message
+    assert "'aux_net.bias' is of no part of the codec" in message
     assert "1 more" in message
     source = tmp_path / "model.ckpt"
     report = convert_official(
@@ -516,6 +522,84 @@ def test_tokenizer_and_vocabulary_travel_along(model, tmp_path):
     assert report.missing == ("tables.safetensors",)
     assert (tmp_path / "out" / "vocabulary.txt").read_text() == "cat\ndog\n"
     assert (tmp_path / "out" / "tokenizer" / "vocab.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def extras(tmp_path_factory):
+    """A tokenizer, a list of words and photographs."""
+    folder = tmp_path_factory.mktemp("extras")
+    train_tokenizer(["cat", "dog"], folder / "tokenizer", size=600)
+    (folder / "words.txt").write_text("cat\ndog\n")
+    (folder / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(2):
+        picture = rng.integers(0, 256, (70, 140, 3), np.uint8)
+        Image.fromarray(picture).save(folder / "photos" / f"{n}.png")
+    Image.fromarray(picture[:32]).save(folder / "photos" / "small.png")
+    (folder / "photos" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder
+
+
+def program(*arguments):
+    result = CliRunner().invoke(app, ["convert", *(str(argument) for argument in arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_program_makes_a_checkpoint_that_loads_whole_and_goes_back(converted, model, extras):
+    folder = extras / "checkpoint"
+    result = program(
+        model, "-o", folder, "--config", converted[0], "--fp16", "--json",
+        "--tokenizer", extras / "tokenizer", "--vocabulary", extras / "words.txt",
+        "--calibration", extras / "photos",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["missing"] == []
+    assert facts["renamed"] == 14
+    assert "left out of the calibration: broken" in result.stderr
+    checkpoint = read_checkpoint(folder)
+    parts = load_machine_parts(checkpoint)
+    load_human_parts(checkpoint, parts)
+    assert parts.config == SMALL
+    wanted = whole_state()["first_stage_model.quant_conv.weight"].half().float()
+    assert torch.equal(parts.vae.network.quant_conv.weight, wanted)
+    result = program("--to-official", folder, "-o", extras / "back.ckpt")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split("\t")[1] == f"{len(whole_state())} tensors\n"
+
+
+def test_tables_are_the_same_whenever_they_are_fitted(model, tmp_path, extras):
+    picture = np.asarray(Image.open(extras / "photos" / "0.png"))
+    for name in "ab":
+        convert_official([model], tmp_path / name, config=SMALL, calibration=[picture])
+    first, second = (tmp_path / name / "tables.safetensors" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_program_tells_what_it_would_write(converted, model, tmp_path):
+    result = program(model, "-o", tmp_path / "out", "--config", converted[0], "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "would write" in result.stdout
+    assert "optimizer_states" in result.stdout
+    assert "tables.safetensors" in result.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_program_ends_in_one_line_when_weights_are_wrong(model, tmp_path):
+    result = program(model, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: checkpoint {model}: ")
+    assert result.stderr.count("\n") == 1
+    assert program(tmp_path / "none.ckpt", "-o", tmp_path / "out").exit_code == 1
+
+
+def test_the_program_refuses_both_directions_at_once_and_none(model, tmp_path):
+    output = ("-o", tmp_path / "out")
+    assert program(*output).exit_code == 2
+    assert program(model, "--to-official", tmp_path, *output).exit_code == 2
+    assert program("--to-official", tmp_path, "--fp16", *output).exit_code == 2
 
 
 def test_a_dry_run_checks_and_writes_nothing(model, tmp_path):
