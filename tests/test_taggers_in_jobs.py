@@ -1,6 +1,7 @@
 """Taggers on their way through a job: own tags first, scores beside, failures of one image only."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -11,8 +12,10 @@ from dicmh_ray.bitstream import parse_bitstream
 from dicmh_ray.cli import app
 from dicmh_ray.codec.image_taggers import TaggerSpec
 from dicmh_ray.errors import PlanConflictError, TaggerError
+from dicmh_ray.pipeline import plan_job
 from dicmh_ray.pipeline.job import Checkpoint
 from dicmh_ray.ray_plugin import compress
+from dicmh_ray.ray_plugin.actors import UnitWorker
 from dicmh_ray.reader import ArchiveReader
 from tests import user_taggers
 from tests.fake_codec import FakeCodec
@@ -207,3 +210,13 @@ def test_pictures_reach_the_tagger_upright_and_in_order(tmp_path):
     job(tar, tmp_path / "a", TaggerSpec.parse("tests.user_taggers:brightness"))
     rows = rows_of(tmp_path / "a")
     assert [rows[str(n)].tags[0] for n in range(12)] == ["dark"] * 8 + ["bright"] * 4
+
+
+def test_a_worker_makes_the_tagger_from_the_job_it_was_sent(tar, tmp_path):
+    planned, units, _ = plan_job([tar], str(tmp_path / "a"), codec=FakeCodec, tagger=SIZES)
+    worker = UnitWorker(pickle.loads(pickle.dumps(planned)))
+    user_taggers.Sizes.made = 0
+    worker.rehearse(units[0], 0, 1)
+    worker.run_unit(units[0])
+    assert user_taggers.Sizes.made == 1
+    assert rows_of(tmp_path / "a")["d"].tags == ("picture", "tall")
