@@ -46,6 +46,13 @@ _UNET_ENDS = {
     "out.2": "conv_out",
 }
 _MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
+_VAE_RESNET = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "conv_shortcut",
+}
 _VAE_ATTENTION = {
     "norm": "group_norm",
     "q": "to_q",
@@ -63,6 +70,7 @@ def _inverse(names: Mapping[str, str]) -> dict[str, str]:
 _RESNET_INVERSE = _inverse(_RESNET)
 _UNET_ENDS_INVERSE = _inverse(_UNET_ENDS)
 _MIDDLE_INVERSE = _inverse(_MIDDLE)
+_VAE_RESNET_INVERSE = _inverse(_VAE_RESNET)
 _VAE_ATTENTION_INVERSE = _inverse(_VAE_ATTENTION)
 _VAE_MIDDLE_INVERSE = _inverse(_VAE_MIDDLE)
 
@@ -78,25 +86,26 @@ def unet_key(name: str, *, layers_per_block: int = 2) -> str:
         return f"{_UNET_ENDS[module]}.{leaf}"
     row = layers_per_block + 1
     if match := re.fullmatch(r"input_blocks\.(\d+)\.([01])\.(.+)", name):
-        level, place = divmod(int(match[1]) - 1, row)
+        level, number = divmod(int(match[1]) - 1, row)
         block = f"down_blocks.{level}"
-        if place == layers_per_block:
+        if number == layers_per_block:
             if match[2] == "0" and match[3].startswith("op."):
                 return f"{block}.downsamplers.0.conv.{match[3].removeprefix('op.')}"
             raise KeyError(name)
-        return _unet_block(name, block, match[2], str(place), match[3])
+        return _unet_block(name, block, match[2], str(number), match[3])
     if match := re.fullmatch(r"middle_block\.([012])\.(.+)", name):
-        kind, _, number = _MIDDLE[match[1]].partition(".")
-        return _unet_block(name, "mid_block", "01"[kind == "attentions"], number, match[2])
+        kind, _, index = _MIDDLE[match[1]].partition(".")
+        place = "1" if kind == "attentions" else "0"
+        return _unet_block(name, "mid_block", place, index, match[2])
     if match := re.fullmatch(r"output_blocks\.(\d+)\.([012])\.(.+)", name):
-        level, place = divmod(int(match[1]), row)
+        level, number = divmod(int(match[1]), row)
         block = f"up_blocks.{level}"
         # The coarsest level has no attention, so its upsampler is second in its block, else third.
         if match[3].startswith("conv.") and match[2] == _upsampler_place(level):
-            if place == layers_per_block:
+            if number == layers_per_block:
                 return f"{block}.upsamplers.0.{match[3]}"
             raise KeyError(name)
-        return _unet_block(name, block, match[2], str(place), match[3])
+        return _unet_block(name, block, match[2], str(number), match[3])
     raise KeyError(name)
 
 
@@ -227,16 +236,6 @@ def vae_key_official(name: str, *, levels: int = 4) -> str:
             if match := re.fullmatch(r"resnets\.(\d+)\.(\w+)\.(weight|bias)", rest):
                 return f"{block}.block.{match[1]}.{_VAE_RESNET_INVERSE[match[2]]}.{match[3]}"
     raise KeyError(name)
-
-
-_VAE_RESNET = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "nin_shortcut": "conv_shortcut",
-}
-_VAE_RESNET_INVERSE = _inverse(_VAE_RESNET)
 
 
 def to_ours(part: Part, official: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dicmh_ray.codec.icmh.config import RestorerConfig
 from dicmh_ray.codec.icmh.control import (
@@ -134,6 +135,16 @@ def test_every_block_is_that_of_the_reference(model: ControlledUNet, tensors, in
     assert seen.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(seen[name], value, rtol=0, atol=1e-3, msg=name)
+
+
+def test_full_width_has_the_parameters_and_the_cost_of_the_official_pair() -> None:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = ControlledUNet(RestorerConfig(), 4)
+        x, context = torch.empty(1, 4, 64, 96), torch.empty(1, 77, 1024)
+        assert model(x, torch.zeros(1, dtype=torch.int64), context, x).shape == x.shape
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.unet, model.control)]
+    assert sizes == [865_910_724, 374_019_200]
+    assert counter.get_total_flops() == pytest.approx(1.749e12, rel=1e-3)
 
 
 def test_64_wide_heads_in_the_control_branch_are_another_network(
