@@ -122,7 +122,8 @@ class Stage(ABC):
         forward = self.forward_module()
         if self.processes > 1:
             forward = DistributedDataParallel(forward)
-        parameters = [p for module in self.trained.values() for p in module.parameters()]
+        # The others have gradients of their own size, such as those of quantiles.
+        clipped = [p for group in self.optimisers[0].param_groups for p in group["params"]]
         started = last_save = time.monotonic()
         first = self.step
         sums: dict[str, float] = {}
@@ -140,7 +141,7 @@ class Stage(ABC):
             for optimiser in self.optimisers:
                 optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(loss.sum())
-            norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+            norm = torch.nn.utils.clip_grad_norm_(clipped, options.clip)
             if torch.isfinite(norm):
                 for optimiser in self.optimisers:
                     optimiser.step()

@@ -258,7 +258,7 @@ class IcmhCodec:
         """The diffusion sampler's latent, guided by the decoded one and the tags."""
         restorer, text = self._human_parts()
         texts = [tags_text(stream.tags), ""]
-        context_BTD, empty_BTD = text.embed(texts).split(1)
+        context_BTD, empty_BTD = text.embed(texts).chunk(2)
         return self._sampler.draw(
             TiledUNet(restorer),
             shape=tuple(c_BChw.shape),

@@ -26,8 +26,10 @@ from dicmh_ray.codec.checkpoint import DIFF_ICMH, FORMAT, Checkpoint, read_check
 from dicmh_ray.codec.icmh.config import IcmhConfig
 from dicmh_ray.codec.icmh.control import ControlledUNet
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
+from dicmh_ray.codec.icmh.noise import NORMAL_LEVELS
 from dicmh_ray.codec.icmh.text import TOKENIZER_FILES, TextEncoder, load_tokenizer
 from dicmh_ray.codec.icmh.vae import Vae
+from dicmh_ray.codec.noise import normal_table
 from dicmh_ray.errors import WeightsError
 from dicmh_ray.tags import Vocabulary
 
@@ -177,8 +179,9 @@ def write_icmh_checkpoint(
         half = is_half and name != "latent_coder"
         state = {k: _stored(v, half) for k, v in module.state_dict().items()}
         (folder / f"{name}.safetensors").write_bytes(safetensors.torch.save(state))
-    integers = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    (folder / "tables.safetensors").write_bytes(safetensors.numpy.save(integers))
+    tables = {NORMALS: normal_table(NORMAL_LEVELS).numpy()} | dict(arrays)
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tables.items()}
+    (folder / "tables.safetensors").write_bytes(safetensors.numpy.save(contiguous))
     if vocabulary is not None:
         (folder / VOCABULARY_FILE).write_text("\n".join(vocabulary.words) + "\n")
     if parts.text is not None:

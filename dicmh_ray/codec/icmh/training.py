@@ -242,8 +242,8 @@ def _draw(
     if isinstance(options, IcmhOptions) and rng.random() < options.tag_dropout:
         tags = [()] * len(tags)
     ids = text.tokenize([tags_text(words) for words in tags])
-    x = crops.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
-    return x, ids.to(device)
+    # Not channels_last: oneDNN's backward pass of the encoder then writes out of bounds (torch 2.15).
+    return crops.to(device, torch.float32).contiguous(), ids.to(device)
 
 
 def _autocast(options: StageOptions, device: torch.device) -> torch.autocast:
