@@ -43,7 +43,20 @@ def load_vocabulary(path: str | Path) -> Vocabulary:
         raise VocabularyError(str(path), 0, f"{size} bytes, at most {MAX_FILE_BYTES}")
     if path.suffix == ".json":
         return _checked(_json_words(data, path), path)
-    return _checked(_lines(data, path), path)
+    return parse_vocabulary(data, path)
+
+
+def parse_vocabulary(data: bytes, path: str | Path = VOCABULARY_FILE) -> Vocabulary:
+    """The vocabulary that the content of a text file is; see :func:`load_vocabulary`.
+
+    Args:
+        data: as a :class:`~dicmh_ray.codec.Checkpoint` has it among its files.
+        path: for messages.
+
+    Raises:
+        VocabularyError: it is none.
+    """
+    return _checked(_lines(data, Path(path)), Path(path))
 
 
 def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:

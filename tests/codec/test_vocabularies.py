@@ -10,6 +10,7 @@ from dicmh_ray.codec.vocabularies import (
     MAX_FILE_BYTES,
     VOCABULARY_FILE,
     load_vocabulary,
+    parse_vocabulary,
     save_vocabulary,
     word_ids,
     words_of_ids,
@@ -102,6 +103,14 @@ def test_what_is_not_there_or_far_too_large_is_told(tmp_path: Path) -> None:
         file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(VocabularyError, match="bytes, at most"):
         load_vocabulary(tmp_path / "large.txt")
+
+
+def test_only_line_feeds_end_a_word() -> None:
+    """What ``str.splitlines`` takes for line ends may be part of a word."""
+    words = ("one\u2028two", "three")
+    assert parse_vocabulary("\n".join(words).encode()).words == words
+    with pytest.raises(VocabularyError, match=r"vocabulary\.txt, line 2: empty"):
+        parse_vocabulary(b"dog\n\ncat")
 
 
 def test_the_official_13_bits_reach_the_last_word_and_no_further() -> None:
