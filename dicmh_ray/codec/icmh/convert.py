@@ -28,6 +28,7 @@ from dicmh_ray.codec.icmh.config import IcmhConfig
 from dicmh_ray.codec.icmh.exact import ExactEntropyModel
 from dicmh_ray.codec.icmh.lfgcm import ALIGNMENT, LatentCoder
 from dicmh_ray.codec.icmh.lightning import TensorFacts, WeightsFile, open_weights
+from dicmh_ray.codec.icmh.noise import NORMAL_LEVELS
 from dicmh_ray.codec.icmh.official_parts import (
     LATENT_CODER,
     LATENT_CODER_PREFIX,
@@ -39,6 +40,7 @@ from dicmh_ray.codec.icmh.official_parts import (
     official_parts,
     old_bottleneck_name,
 )
+from dicmh_ray.codec.icmh.parts import NORMALS
 from dicmh_ray.codec.icmh.text import TOKENIZER_FILES, TOKENIZER_FOLDER, load_tokenizer
 from dicmh_ray.codec.icmh.vae import Vae
 from dicmh_ray.codec.icmh.whole_files import (
@@ -49,6 +51,7 @@ from dicmh_ray.codec.icmh.whole_files import (
     flush,
     write_safetensors,
 )
+from dicmh_ray.codec.noise import normal_table
 from dicmh_ray.errors import WeightsError
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -446,7 +449,8 @@ def _write_config(
 def _write_tables(
     folder: Path, config: IcmhConfig, photographs: Sequence[npt.NDArray[np.uint8]]
 ) -> None:
-    """Fit the integer entropy model with the weights in ``folder`` (:mod:`.exact`)."""
+    """Fit the integer entropy model to the weights in ``folder`` (:mod:`.exact`); with it lies the
+    table that noise is made from (:mod:`..noise`)."""
     coder, vae = LatentCoder(config.latent_coder), Vae(config.vae)
     for module, name in ((coder, LATENT_CODER), (vae.network, "vae")):
         state = safetensors.torch.load_file(folder / f"{name}.safetensors")
@@ -460,9 +464,10 @@ def _write_tables(
                 x = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255
                 pairs.append((x, vae.encode(2 * x - 1)))
     arrays = ExactEntropyModel.fit(coder, pairs).to_arrays()
-    integers = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays[NORMALS] = normal_table(NORMAL_LEVELS).numpy()
     with (folder / TABLES_FILE).open("wb") as file:
-        file.write(safetensors.numpy.save(integers))
+        file.write(safetensors.numpy.save(arrays))
         flush(file)
 
 

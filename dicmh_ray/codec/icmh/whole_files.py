@@ -63,7 +63,9 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in header:
-            flat = tensors[name].to(_stored_type(tensors[name].dtype, dtype)).reshape(-1)
+            flat = tensors[name].to(_stored_type(tensors[name].dtype, dtype))
+            # Not reshape: that leaves a single element the stride it has, which may be 0.
+            flat = flat.contiguous().as_strided((flat.numel(),), (1,))
             if flat.is_floating_point() and not flat.isfinite().all():
                 raise WeightsError(path.stem, f"{name!r} has values that {flat.dtype} has not")
             file.write(flat.view(torch.uint8).numpy().data)

@@ -484,6 +484,23 @@ def test_tables_of_an_updated_model_are_left_out(tmp_path, converted):
     assert file["gaussian_conditional.scale_table"].shape == (0,)
 
 
+def test_tensors_that_repeat_or_skip_memory_are_written_out(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {
+        "repeated": torch.ones(()).expand(3),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+        "skipping": torch.arange(6.0)[::2],
+        "single": torch.tensor(2.5),
+        "repeated once": torch.ones(()).expand(1),
+        "none": torch.zeros(0, dtype=torch.int32),
+    }
+    whole_files.write_safetensors(path, tensors, lambda *_: None)
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+
+
 def test_half_precision_sources_are_widened(tmp_path):
     state = {
         key: tensor.half() if tensor.is_floating_point() else tensor

@@ -1,13 +1,17 @@
 """The official container: the reference's bytes, every cut, every odd field."""
 
 import contextlib
+import dataclasses
 import json
 import struct
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dicmh_ray.codec.icmh.exact import ExactEntropyModel
 from dicmh_ray.codec.icmh.official import (
     NUM_TAGS,
     OfficialStream,
@@ -16,7 +20,9 @@ from dicmh_ray.codec.icmh.official import (
     unpack_tag_ids,
     write_official,
 )
+from dicmh_ray.codec.icmh.transcode import latents_of_official, official_of_latents
 from dicmh_ray.errors import BitstreamError, InvalidHeaderError, TruncatedBitstreamError
+from tests.codec.icmh.small_latent_coder import reference_coder, reference_tensors
 
 WORDS = bytes(range(16))
 
@@ -235,3 +241,37 @@ def test_the_picture_must_be_one_that_pads_to_the_stream():
     for width, height in [(193, 128), (128, 128), (192, 64), (192, 129)]:
         with pytest.raises(InvalidHeaderError, match="z shape"):
             stream.check_size(width, height)
+
+
+def test_the_reference_stream_becomes_latents_and_the_same_stream_again(example, reference):
+    coder = reference_coder(reference)
+    coder.update_tables()
+    stream = parse_official(bytes.fromhex(example["stream"]))
+    latents = latents_of_official(stream, coder)
+    again = official_of_latents(latents, coder, tag_ids=stream.tag_ids)
+    assert write_official(again) == bytes.fromhex(example["stream"])
+    estimate = coder.estimate(*(torch.from_numpy(array)[None] for array in latents))
+    decoded = reference_tensors(reference)["codec/decoded"]
+    assert torch.allclose(estimate, decoded, rtol=0, atol=1e-4)
+
+
+def test_an_official_stream_is_carried_over_by_the_exact_model(example, reference):
+    coder = reference_coder(reference)
+    coder.update_tables()
+    tensors = reference_tensors(reference)
+    exact = ExactEntropyModel.fit(coder, [(tensors["x"], tensors["ref"])])
+    latents = latents_of_official(parse_official(bytes.fromhex(example["stream"])), coder)
+    coded = exact.encode(*latents)
+    decoded = exact.decode(coded.payload, latents.y_MIJ.shape[1:])
+    close = np.abs(decoded.y_hat - latents.y_MIJ) < 0.1
+    assert close.mean() > 0.99
+    assert np.abs(decoded.z_hat - latents.z_NKL).max() < 1 / 128
+
+
+def test_a_damaged_official_string_is_an_error_and_no_noise(example, reference):
+    coder = reference_coder(reference)
+    coder.update_tables()
+    stream = parse_official(bytes.fromhex(example["stream"]))
+    cut = dataclasses.replace(stream, y_string=stream.y_string[:800])
+    with pytest.raises(BitstreamError):
+        latents_of_official(cut, coder)
