@@ -371,7 +371,12 @@ def train(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the run; found there, it goes on.")
     ],
-    preset: Annotated[str, typer.Option(help="`default`, or `tiny` for a trial.")] = "default",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="`default`, or `tiny` for a trial; `diff-icmh`, or `diff-icmh-small` for a CPU."
+        ),
+    ] = "default",
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End the schedule by then.")] = None,
     start_from: Annotated[
@@ -395,6 +400,16 @@ def train(
             exists=True, dir_okay=False, help="CSV with `file,label`: tags that guide it."
         ),
     ] = None,
+    prior_minutes: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Diff-ICMH: first train its prior for so long."),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0, help="Diff-ICMH: weight of bits per pixel, 2 to 32.")
+    ] = None,
+    semantic: Annotated[
+        float | None, typer.Option(min=0, help="Diff-ICMH: weight of the SC loss; 0: none.")
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a checkpoint on photographs and export it to OUTPUT/checkpoint.
@@ -404,6 +419,8 @@ def train(
         dicmh train photos/ -o run/ --minutes 90
         dicmh train photos/ -o better/ --from default --minutes 90
         dicmh train photos/ -o full/ --teacher mobilenet.safetensors --labels labels.csv
+        dicmh train photos/ -o icmh/ --preset diff-icmh-small --prior-minutes 30 --minutes 60
+        dicmh train photos/ -o large/ --preset diff-icmh --from sd21/ --rate 8
     """
     from dicmh_ray.cli.training import run_train
 
@@ -418,6 +435,9 @@ def train(
         labels=labels or [],
         device=device,
         start_from=start_from,
+        prior_minutes=prior_minutes,
+        rate=rate,
+        semantic=semantic,
     )
 
 

@@ -1,14 +1,15 @@
 """Body of ``dicmh train``: the only command that needs torch to start."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from dicmh_ray.cli.output import say, tell, told_in_one_line
-from dicmh_ray.recipe import PRESETS, read_labels, train_checkpoint
+from dicmh_ray.codec.icmh.presets import ICMH_PRESETS
+from dicmh_ray.recipe import PRESETS, read_labels, train_checkpoint, train_icmh_checkpoint
 
 
 def run_train(
@@ -23,10 +24,35 @@ def run_train(
     labels: Sequence[Path],
     device: str,
     start_from: str | None,
+    prior_minutes: float | None,
+    rate: float | None,
+    semantic: float | None,
 ) -> None:
     """Train and export; lines of progress go to standard error."""
+    of_icmh = {"--prior-minutes": prior_minutes, "--rate": rate, "--semantic": semantic}
+    if preset in ICMH_PRESETS:
+        of_layered = {"--human-minutes": human_minutes, "--teacher": teacher}
+        _refuse(of_layered, preset)
+        _train_icmh(
+            sources,
+            output,
+            preset=preset,
+            changes={
+                "steps": steps,
+                "minutes": minutes,
+                "rate": rate,
+                "semantic": semantic,
+            },
+            prior_minutes=prior_minutes,
+            labels=labels,
+            device=device,
+            start_from=start_from,
+        )
+        return
     if preset not in PRESETS:
-        raise typer.BadParameter(f"--preset {preset!r}: there are {', '.join(PRESETS)}")
+        names = ", ".join([*PRESETS, *ICMH_PRESETS])
+        raise typer.BadParameter(f"--preset {preset!r}: there are {names}")
+    _refuse(of_icmh, preset)
     chosen = PRESETS[preset]
     given: dict[str, Any] = {"steps": steps, "minutes": minutes}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -48,6 +74,45 @@ def run_train(
             report_step=lambda facts: tell(_step_line(facts)),
         )
     say(f"{output / 'checkpoint'}\t{checkpoint.codec_id}")
+
+
+def _train_icmh(
+    sources: Sequence[str],
+    output: Path,
+    *,
+    preset: str,
+    changes: Mapping[str, float | None],
+    prior_minutes: float | None,
+    labels: Sequence[Path],
+    device: str,
+    start_from: str | None,
+) -> None:
+    chosen = ICMH_PRESETS[preset]
+    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    prior = chosen.prior
+    if prior is not None and prior_minutes is not None:
+        prior = dataclasses.replace(prior, minutes=prior_minutes)
+    with told_in_one_line():
+        checkpoint = train_icmh_checkpoint(
+            sources,
+            output,
+            preset=preset,
+            options=dataclasses.replace(chosen.codec, **given),
+            prior=prior,
+            labels=read_labels(labels),
+            device=device,
+            start_from=start_from,
+            report=tell,
+            report_step=lambda facts: tell(_step_line(facts)),
+        )
+    say(f"{output / 'checkpoint'}\t{checkpoint.codec_id}")
+
+
+def _refuse(options: Mapping[str, Any], preset: str) -> None:
+    """Options that another kind of preset has."""
+    for name, value in options.items():
+        if value is not None:
+            raise typer.BadParameter(f"{name} does nothing with --preset {preset}")
 
 
 def _step_line(facts: dict[str, Any]) -> str:

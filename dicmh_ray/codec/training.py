@@ -37,7 +37,7 @@ from dicmh_ray.codec.run_state import (
     restore_moments,
     under,
 )
-from dicmh_ray.errors import WeightsError
+from dicmh_ray.errors import SourceFormatError, WeightsError
 
 FILES = {"state": "state.safetensors", "progress": "progress.json", "log": "log.jsonl"}
 """Of a run, in its folder."""
@@ -153,6 +153,14 @@ class PackedPhotographs:
         """As :meth:`crops`, and the tags of the picture that each is from."""
         drawn = self._draw(count, size, rng)
         return self._cut(drawn, size, rng), [self.tags[i] for i in drawn]
+
+    def require(self, size: int) -> None:
+        """Raises SourceFormatError when no picture is large enough for crops of ``size`` pixels."""
+        largest = max((min(h, w) for _, h, w in self.entries), default=0)
+        if largest < size:
+            raise SourceFormatError(
+                "photographs", f"the largest short side is {largest} pixels, wanted {size} or more"
+            )
 
     def _draw(self, count: int, size: int, rng: np.random.Generator) -> list[int]:
         areas = np.array([h * w for _, h, w in self.entries], np.float64)

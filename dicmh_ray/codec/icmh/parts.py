@@ -30,6 +30,7 @@ from dicmh_ray.codec.icmh.noise import NORMAL_LEVELS
 from dicmh_ray.codec.icmh.text import TOKENIZER_FILES, TextEncoder, load_tokenizer
 from dicmh_ray.codec.icmh.vae import Vae
 from dicmh_ray.codec.noise import normal_table
+from dicmh_ray.codec.vocabularies import VOCABULARY_FILE, parse_vocabulary, save_vocabulary
 from dicmh_ray.errors import WeightsError
 from dicmh_ray.tags import Vocabulary
 
@@ -41,8 +42,6 @@ HUMAN_FILES = (
     "unet.safetensors",
 )
 """What the human view needs beyond the machine view."""
-
-VOCABULARY_FILE = "vocabulary.txt"
 
 NORMALS = "normals"
 """Array among the tables: float32, the normal table of the human view's noise."""
@@ -148,10 +147,7 @@ def load_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
     """The words that a checkpoint's streams name by number, if it has such."""
     if VOCABULARY_FILE not in checkpoint.files:
         return None
-    try:
-        return Vocabulary(checkpoint.files[VOCABULARY_FILE].decode().splitlines())
-    except ValueError as exc:
-        raise WeightsError(checkpoint.name, f"{VOCABULARY_FILE}: {exc}") from exc
+    return parse_vocabulary(checkpoint.files[VOCABULARY_FILE], VOCABULARY_FILE)
 
 
 def write_icmh_checkpoint(
@@ -183,7 +179,7 @@ def write_icmh_checkpoint(
     contiguous = {name: np.ascontiguousarray(array) for name, array in tables.items()}
     (folder / "tables.safetensors").write_bytes(safetensors.numpy.save(contiguous))
     if vocabulary is not None:
-        (folder / VOCABULARY_FILE).write_text("\n".join(vocabulary.words) + "\n")
+        save_vocabulary(vocabulary, folder / VOCABULARY_FILE)
     if parts.text is not None:
         for name in TOKENIZER_FILES:
             if not (folder / "tokenizer" / name).is_file():

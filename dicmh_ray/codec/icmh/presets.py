@@ -147,6 +147,7 @@ def train_icmh(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     target = torch.device(device)
+    photographs.require((options or chosen.codec).crop)
     output = folder / CHECKPOINT_NAME
     words = sorted({word for tags in photographs.tags for word in tags})
     if start_from is not None:
@@ -161,7 +162,10 @@ def train_icmh(
     CodecStage(parts, photographs, folder, options or chosen.codec, target).run(report)
     for module in parts.modules().values():
         module.cpu().eval()
-    return write_icmh_checkpoint(
+    if not _is_first_process():
+        torch.distributed.barrier()  # until the first process has written
+        return read_checkpoint(output)
+    checkpoint = write_icmh_checkpoint(
         parts,
         calibrate(parts, photographs, chosen.calibration_crops).to_arrays(),
         output,
@@ -172,6 +176,13 @@ def train_icmh(
         },
         vocabulary=Vocabulary(words) if words else None,
     )
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return checkpoint
+
+
+def _is_first_process() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def calibrate(parts: Parts, photographs: PackedPhotographs, crops: int) -> ExactEntropyModel:
