@@ -20,8 +20,8 @@ from dicmh_ray.codec.icmh.control import (
     encoder_blocks,
     semantic_distance,
 )
+from dicmh_ray.codec.icmh.key_seeded import key_seeded_state
 from dicmh_ray.codec.icmh.official_keys import OFFICIAL_PREFIXES, to_official, to_ours
-from tests.codec.icmh.key_seeded import key_seeded_state
 
 TINY = RestorerConfig(block_widths=(64, 128, 256, 256), context_channels=64)
 SMALL = RestorerConfig(

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dicmh_ray.codec.icmh.config import VaeConfig
+from dicmh_ray.codec.icmh.key_seeded import key_seeded_state
 from dicmh_ray.codec.icmh.official_keys import OFFICIAL_PREFIXES, to_ours
 from dicmh_ray.codec.icmh.vae import Vae
-from tests.codec.icmh.key_seeded import key_seeded_state
 
 SETTINGS = {"block_out_channels": [8, 12], "layers_per_block": 1, "latent_channels": 6}
 TINY_SETTINGS = {
