@@ -22,11 +22,11 @@ from rich.progress import (
 from dicmh_ray.cli.output import bytes_text, print_facts, print_json, say, tell, told_in_one_line
 from dicmh_ray.codec.icmh.convert import (
     ConversionReport,
-    ReportProgress,
     convert_official,
     read_config,
     to_official,
 )
+from dicmh_ray.codec.icmh.whole_files import ReportProgress
 from dicmh_ray.errors import SourceFormatError, SourceImageError
 from dicmh_ray.source import SourceOptions, load_pixels, plan_units, read_unit
 
