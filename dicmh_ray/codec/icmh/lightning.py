@@ -75,6 +75,10 @@ def open_weights(path: Path) -> WeightsFile:
     """
     with path.open("rb") as file:
         head = file.read(9)
+    # First, for it has no magic number: the length of its header may begin like the others.
+    header_bytes = int.from_bytes(head[:8], "little")
+    if len(head) == 9 and head[8:] == b"{" and header_bytes <= path.stat().st_size:
+        return _Safetensors(path)
     if head.startswith(_ZIP_MAGIC):
         return _TorchZip(path)
     if head.startswith(_PICKLE_MAGIC):
@@ -83,9 +87,6 @@ def open_weights(path: Path) -> WeightsFile:
             "a bare pickle, torch's format before 1.6, which cannot be read without running it; "
             "where you trust it, load it with torch and save it again",
         )
-    header_bytes = int.from_bytes(head[:8], "little")
-    if len(head) == 9 and head[8:] == b"{" and header_bytes <= path.stat().st_size:
-        return _Safetensors(path)
     raise WeightsError(str(path), f"neither a torch zip nor safetensors: starts with {head!r}")
 
 

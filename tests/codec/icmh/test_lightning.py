@@ -122,6 +122,15 @@ def test_safetensors_are_read_whatever_their_name(tmp_path):
         assert torch.equal(file.tensor(key), tensor)
 
 
+@pytest.mark.parametrize("first", [0x80, 0x50, 0x00])
+def test_safetensors_whose_header_length_begins_like_a_pickle_are_read(tmp_path, first):
+    path = tmp_path / "a.safetensors"
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    size = first if first >= len(header) else 256 + first
+    path.write_bytes(size.to_bytes(8, "little") + header.ljust(size) + struct.pack("<f", 2.0))
+    assert open_weights(path).tensor("a").item() == 2.0
+
+
 def test_what_is_not_asked_for_is_not_read(tmp_path):
     content = lightning(STATE)
     content["optimizer_states"][0]["state"][0]["exp_avg"] = torch.full([4096], 1.25)
