@@ -121,16 +121,15 @@ class IcmhConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Raises TypeError for a field that there is not."""
-        coder = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values["latent_coder"].items()
-        }
-        restorer = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values["restorer"].items()
-        }
         return cls(
             vae=VaeConfig(**values["vae"]),
-            latent_coder=LatentCoderConfig(**coder),
-            restorer=RestorerConfig(**restorer),
+            latent_coder=LatentCoderConfig(**_with_tuples(values["latent_coder"])),
+            restorer=RestorerConfig(**_with_tuples(values["restorer"])),
             text=TextConfig(**values["text"]),
             sampler=SamplerConfig(**values["sampler"]),
         )
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where these classes have tuples."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

@@ -34,7 +34,7 @@ from dicmh_ray.codec.icmh.parts import (
     load_machine_parts,
     write_icmh_checkpoint,
 )
-from dicmh_ray.codec.icmh.patch_vae import take_autoencoder
+from dicmh_ray.codec.icmh.patch_vae import PatchVae, take_autoencoder
 from dicmh_ray.codec.icmh.text import TOKENIZER_FILES, train_tokenizer
 from dicmh_ray.codec.icmh.training import CodecStage, IcmhOptions, PriorStage
 from dicmh_ray.codec.run_state import Report
@@ -198,7 +198,7 @@ def calibrate(parts: Parts, photographs: PackedPhotographs, crops: int) -> Exact
 
 def _new_parts(preset: IcmhPreset, words: Sequence[str], output: Path) -> Parts:
     """Random networks around the autoencoder of the default checkpoint, and a tokenizer."""
-    if preset.network.vae.kind != "patch":
+    if preset.prior is None:
         raise WeightsError(
             "Diff-ICMH", "this preset begins with the parts of a checkpoint: give one"
         )
@@ -208,7 +208,8 @@ def _new_parts(preset: IcmhPreset, words: Sequence[str], output: Path) -> Parts:
     torch.manual_seed(preset.codec.seed)
     parts = build_parts(preset.network, tokenizer)
     weights = safetensors.torch.load(read_checkpoint().files["weights.safetensors"])
-    take_autoencoder(parts.vae.network, weights)
+    if isinstance(parts.vae.network, PatchVae):
+        take_autoencoder(parts.vae.network, weights)
     parts.vae.eval().requires_grad_(requires_grad=False)
     return parts
 

@@ -196,7 +196,7 @@ class _CodecLosses(nn.Module):
         return losses
 
     def _semantic(self, z0: Tensor, estimate: Tensor, context: Tensor) -> Tensor:
-        t: int | Tensor = 0
+        t = torch.zeros(len(z0), dtype=torch.int64, device=z0.device)
         if self.options.semantic_time == "random":
             t, noise, z0 = self.noise(z0)
             estimate = self.noise.add(estimate, t, noise)
