@@ -86,8 +86,11 @@ class TrainOptions:
     semantics: float = 0.2
     """Share that is the distance of a teacher's features; without a teacher it is squared error."""
 
-    last_structure: float = 0.4
-    """Structure's share in the last state, by whose PSNR archives keep pictures; no semantics there."""
+    faithful_states: int = 1
+    """Last states, by whose PSNR archives keep pictures: less structure, no semantics."""
+
+    faithful_structure: float = 0.4
+    """Share of ``1 - MS-SSIM`` there."""
 
     lambda_ratio: float = 5.3
     """Ratio of the weights of consecutive states."""
@@ -304,8 +307,8 @@ class _Trainer:
                 self._fit_rate(x, steps[states], states)
                 continue
             y, bits = self.rate(self.network.encode(x), steps[states], states)
-            last = states == config.num_states - 1
-            error, distortion = self.distortion(x, self.network.decode(y, states), last)
+            faithful = states >= config.num_states - options.faithful_states
+            error, distortion = self.distortion(x, self.network.decode(y, states), faithful)
             bpp = bits / options.crop**2
             losses = bpp + lambdas[states] * distortion
             self._remember(losses.detach().cpu(), states.cpu())
@@ -411,25 +414,25 @@ class Distortion:
         self._distance = StructuralDistance(options.crop, device) if options.structure else None
 
     def __call__(
-        self, x_B3HW: Tensor, decoded_B3HW: Tensor, last_B: Tensor
+        self, x_B3HW: Tensor, decoded_B3HW: Tensor, faithful_B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Mean squared error and distortion of each image, both ``[B]``.
 
-        ``last_B`` is True for images that are decoded from the last state.
+        ``faithful_B`` is True for images that are decoded from one of the faithful states.
         """
         options = self._options
         error = (decoded_B3HW - x_B3HW).square().mean((1, 2, 3))
         mixed = error
         if self._distance is not None:
             distance = STRUCTURE_UNIT * self._distance(x_B3HW, decoded_B3HW)
-            share = torch.where(last_B, options.last_structure, options.structure)
+            share = torch.where(faithful_B, options.faithful_structure, options.structure)
             mixed = mixed + share * (distance - error)
         if self._teacher is not None and options.semantics:
             # At half size, as analysis networks see photographs; every other image, for its cost.
             pair = (F.avg_pool2d(images[::2], 2) for images in (x_B3HW, decoded_B3HW))
             every_other = torch.zeros_like(mixed)
             every_other[::2] = 2 * SEMANTICS_UNIT * self._teacher.distance(*pair)
-            mixed = mixed + torch.where(last_B, 0.0, options.semantics) * (every_other - error)
+            mixed = mixed + torch.where(faithful_B, 0.0, options.semantics) * (every_other - error)
         return error, mixed
 
 
