@@ -184,6 +184,11 @@ def parse_bitstream(
     )
 
 
+def read_header(data: bytes) -> Header:
+    """The header of a stream alone; needs no vocabulary. Raises as ``parse_bitstream``."""
+    return _read_header(bytes(data))[0]
+
+
 def prefix_bytes(data: bytes) -> tuple[int, ...]:
     """End offset of every state of a stream; needs no vocabulary. Raises as ``parse_bitstream``."""
     return _walk(data, drop_cut_state=False)[3]

@@ -11,11 +11,13 @@ process, from the installed package when the archive was written with its checkp
 from the archive, which carries its own.
 """
 
+import atexit
 import io
 import json
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +38,11 @@ from dicmh_ray.source import load_pixels
 
 _loaded_codecs: dict[tuple[str, str], ImageCodec] = {}
 _codec_lock = threading.RLock()
+
+_codec_folders = ExitStack()
+"""Checkpoints taken out of archives. A codec reads some files only when they are needed."""
+
+atexit.register(_codec_folders.close)
 
 
 def open_archive(
@@ -307,12 +314,14 @@ def _load_codec_of(snapshot: Snapshot, device: str) -> ImageCodec:
         if _packaged_codec_id() == snapshot.codec_id:
             codec = load_codec(device=device)
         else:
-            with tempfile.TemporaryDirectory(prefix="dicmh-codec-") as folder:
-                for name, content in snapshot.codec_files().items():
-                    path = Path(folder, name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(content)
-                codec = load_codec(folder, device=device)
+            folder = _codec_folders.enter_context(
+                tempfile.TemporaryDirectory(prefix="dicmh-codec-")
+            )
+            for name, content in snapshot.codec_files().items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            codec = load_codec(folder, device=device)
         if codec.codec_id != snapshot.codec_id:
             raise CodecMismatchError(snapshot.codec_id, codec.codec_id)
         _loaded_codecs[snapshot.codec_id, device] = codec

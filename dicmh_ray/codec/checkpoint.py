@@ -72,6 +72,10 @@ class FilesOnDisk(Mapping[str, bytes]):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __reduce__(self) -> tuple[type[dict[str, bytes]], tuple[dict[str, bytes]]]:
+        """Contents travel: the paths mean nothing on another machine."""
+        return dict, (dict(self),)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:

@@ -19,23 +19,28 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dicmh_ray.bitstream import Bitstream, Header, State, parse_bitstream, write_bitstream
+from dicmh_ray.bitstream import (
+    Bitstream,
+    Header,
+    State,
+    parse_bitstream,
+    read_header,
+    write_bitstream,
+)
 from dicmh_ray.checksum import crc32c
 from dicmh_ray.codec import Quality
 from dicmh_ray.codec.checkpoint import Checkpoint
 from dicmh_ray.codec.icmh.control import ControlledUNet
-from dicmh_ray.codec.icmh.exact import ExactEntropyModel
-from dicmh_ray.codec.icmh.noise import StreamNoise, check_normals
+from dicmh_ray.codec.icmh.noise import StreamNoise
 from dicmh_ray.codec.icmh.parts import (
-    NORMALS,
     Parts,
     has_human_view,
-    load_arrays,
     load_human_parts,
     load_machine_parts,
+    load_sampler,
+    load_tables,
     load_vocabulary,
 )
-from dicmh_ray.codec.icmh.sampling import Sampler
 from dicmh_ray.codec.icmh.text import TextEncoder, tags_text
 from dicmh_ray.codec.icmh.tiling import TiledUNet, decode_tiled
 from dicmh_ray.codec.quality import measure
@@ -95,11 +100,9 @@ class IcmhCodec:
         self._device = torch.device(device)
         for module in parts.modules().values():
             module.to(self._device)
-        arrays = load_arrays(checkpoint)
-        self._normals = check_normals(arrays.pop(NORMALS), checkpoint.name)
-        self._exact = ExactEntropyModel.from_arrays(arrays)
+        self._exact, self._normals = load_tables(checkpoint, parts.config)
         self._vocabulary = load_vocabulary(checkpoint)
-        self._sampler = Sampler(parts.config.sampler)
+        self._sampler = load_sampler(checkpoint, parts.config)
         self._verified: list[tuple[bytes, _Latents]] = []
 
     def encode(
@@ -208,26 +211,25 @@ class IcmhCodec:
 
     def _decode_latents(self, data: bytes, states: int | None) -> tuple[Bitstream, _Latents]:
         """The parsed stream, and its latents: those remembered, or decoded now."""
-        stream = parse_bitstream(data, vocabulary=self._vocabulary)
-        header = stream.header
+        header = read_header(data)  # before the tags: another checkpoint has other words
         if header.codec_id != self.codec_id[:16]:
             raise CodecMismatchError(self.codec_id[:16], header.codec_id)
         if header.num_states != 1:
             raise InvalidHeaderError("state count", header.num_states, "1")
         if states is not None and states < 1:
             raise ValueError(f"states is {states}, wanted 1 or more")
+        stream = parse_bitstream(data, vocabulary=self._vocabulary)
         for whole, latents in self._verified:
             if whole == data:
                 return stream, latents
         config = self._parts.config.latent_coder
         shape = (-(-header.height // ALIGNMENT), -(-header.width // ALIGNMENT))
         places = list(tiles(shape, size=TILE))
+        payloads = split_tiles(stream.states[0].payload, len(places), "state 0")
         y_MIJ = np.empty((config.y_channels, 4 * shape[0], 4 * shape[1]), np.float32)
         z_NKL = np.empty((config.z_channels, *shape), np.float32)
         crcs = []
-        for payload, (rows, columns) in zip(
-            split_tiles(stream.states[0].payload, len(places), "state 0"), places, strict=True
-        ):
+        for payload, (rows, columns) in zip(payloads, places, strict=True):
             grid = (4 * (rows.stop - rows.start), 4 * (columns.stop - columns.start))
             decoded = self._exact.decode(payload, grid)
             y_MIJ[:, _times4(rows), _times4(columns)] = decoded.y_hat

@@ -9,7 +9,8 @@ vocabulary.txt              words that streams name by number; may be left out
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 from dicmh_ray.codec.checkpoint import DIFF_ICMH, FORMAT, Checkpoint, read_checkpoint
 from dicmh_ray.codec.icmh.config import IcmhConfig
 from dicmh_ray.codec.icmh.control import ControlledUNet
+from dicmh_ray.codec.icmh.exact import ExactEntropyModel
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
-from dicmh_ray.codec.icmh.noise import NORMAL_LEVELS
+from dicmh_ray.codec.icmh.noise import NORMAL_LEVELS, check_normals
+from dicmh_ray.codec.icmh.sampling import Sampler
 from dicmh_ray.codec.icmh.text import TOKENIZER_FILES, TextEncoder, load_tokenizer
 from dicmh_ray.codec.icmh.vae import Vae
 from dicmh_ray.codec.noise import normal_table
@@ -113,7 +116,8 @@ def load_machine_parts(checkpoint: Checkpoint) -> Parts:
         WeightsError: a tensor is missing, unexpected, of another shape or not finite.
     """
     config = read_config(checkpoint)
-    parts = build_parts(config, None)
+    with _shapes_of(checkpoint):
+        parts = build_parts(config, None)
     for name, module in parts.modules().items():
         _fill(module, checkpoint, name)
     return parts
@@ -123,10 +127,11 @@ def load_human_parts(checkpoint: Checkpoint, parts: Parts) -> None:
     """Add restorer and text encoder to the parts. Raises as :func:`load_machine_parts`."""
     config = parts.config
     # Built without memory: the U-Net and its branch have over a thousand million parameters.
-    with torch.device("meta"):
+    with _shapes_of(checkpoint), torch.device("meta"):
         restorer = ControlledUNet(config.restorer, config.latent_coder.latent_channels)
-    folder = checkpoint.files.paths[HUMAN_FILES[2]].parent
-    text = TextEncoder(config.text, load_tokenizer(folder))
+    tokenizer = load_tokenizer(checkpoint.files.paths[HUMAN_FILES[2]].parent)
+    with _shapes_of(checkpoint):
+        text = TextEncoder(config.text, tokenizer)
     for name, module in (("unet", restorer.unet), ("control", restorer.control), ("text", text)):
         _fill(module, checkpoint, name)
     parts.restorer, parts.text = restorer.eval().requires_grad_(requires_grad=False), text
@@ -141,6 +146,34 @@ def load_arrays(checkpoint: Checkpoint) -> dict[str, npt.NDArray[Any]]:
     except safetensors.SafetensorError as exc:
         raise WeightsError(checkpoint.name, f"tables.safetensors: {exc}") from exc
     return arrays
+
+
+def load_tables(
+    checkpoint: Checkpoint, config: IcmhConfig
+) -> tuple[ExactEntropyModel, npt.NDArray[np.float32]]:
+    """The integer entropy model of a checkpoint, and the normals of its noise.
+
+    Raises:
+        WeightsError: an array is missing or breaks an invariant, or they are another codec's.
+    """
+    arrays = load_arrays(checkpoint)
+    if NORMALS not in arrays:
+        raise WeightsError(checkpoint.name, f"tables.safetensors: {NORMALS} missing")
+    normals = check_normals(arrays.pop(NORMALS), checkpoint.name)
+    exact = ExactEntropyModel.from_arrays(arrays)
+    found = exact.y_channels, exact.z_channels
+    wanted = config.latent_coder.y_channels, config.latent_coder.z_channels
+    if found != wanted:
+        raise WeightsError(
+            checkpoint.name, f"tables.safetensors are of {found} channels, wanted {wanted}"
+        )
+    return exact, normals
+
+
+def load_sampler(checkpoint: Checkpoint, config: IcmhConfig) -> Sampler:
+    """The sampler of a checkpoint. Raises WeightsError when there is no such."""
+    with _shapes_of(checkpoint):
+        return Sampler(config.sampler)
 
 
 def load_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
@@ -192,6 +225,15 @@ def write_icmh_checkpoint(
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return read_checkpoint(folder)
+
+
+@contextmanager
+def _shapes_of(checkpoint: Checkpoint) -> Iterator[None]:
+    """Tell what goes wrong while networks are made as the fault of their shapes."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as exc:
+        raise WeightsError(checkpoint.name, f"config.json: no such networks: {exc!r}") from exc
 
 
 def _stored(value: Tensor, half: bool) -> Tensor:

@@ -149,8 +149,11 @@ class Sampler:
             1..999: begins with the hint, noised to that timestep, which leaves few steps to go.
 
         Raises:
-            ValueError: more steps than timesteps.
+            ValueError: more steps than timesteps, or a kind that there is not.
         """
+        if config.kind != "ddpm" and config.kind not in _SCHEDULERS:
+            kinds = ", ".join(["ddpm", *_SCHEDULERS])
+            raise ValueError(f"sampler kind is {config.kind!r}, wanted one of {kinds}")
         self.config = config
         self.start = start
         last = TRAIN_TIMESTEPS - 1 if start is None else start

@@ -60,7 +60,7 @@ def lively_coder(config: LatentCoderConfig = SMALL, seed: int = 0) -> LatentCode
     """Random weights under which latents, scales and means all vary by a few units."""
     torch.manual_seed(seed)
     coder = LatentCoder(config)
-    x, ref = pictures(1, 128, 128, seed)
+    x, ref = pictures(1, 128, 128, seed, channels=config.latent_channels)
 
     def rescale(layer: nn.Module, values: Tensor, wanted: float) -> None:
         for parameter in layer.parameters():
@@ -83,9 +83,11 @@ def lively_coder(config: LatentCoderConfig = SMALL, seed: int = 0) -> LatentCode
     return coder.eval()
 
 
-def pictures(count: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Smooth random pictures ``[B, 3, H, W]`` in 0..1 and latents ``[B, 4, H/8, W/8]``."""
+def pictures(
+    count: int, height: int, width: int, seed: int = 0, *, channels: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Smooth random pictures ``[B, 3, H, W]`` in 0..1 and latents ``[B, channels, H/8, W/8]``."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, height // 16, width // 16, generator=generator)
     images = nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
-    return images, torch.randn(count, 4, height // 8, width // 8, generator=generator)
+    return images, torch.randn(count, channels, height // 8, width // 8, generator=generator)
