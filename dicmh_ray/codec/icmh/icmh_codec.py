@@ -31,7 +31,9 @@ from dicmh_ray.checksum import crc32c
 from dicmh_ray.codec import Quality
 from dicmh_ray.codec.checkpoint import Checkpoint
 from dicmh_ray.codec.icmh.control import ControlledUNet
+from dicmh_ray.codec.icmh.lfgcm import LatentCoder
 from dicmh_ray.codec.icmh.noise import StreamNoise
+from dicmh_ray.codec.icmh.official import OfficialStream, write_official
 from dicmh_ray.codec.icmh.parts import (
     Parts,
     has_human_view,
@@ -43,6 +45,13 @@ from dicmh_ray.codec.icmh.parts import (
 )
 from dicmh_ray.codec.icmh.text import TextEncoder, tags_text
 from dicmh_ray.codec.icmh.tiling import TiledUNet, decode_tiled
+from dicmh_ray.codec.icmh.transcode import (
+    Latents,
+    latents_of_official,
+    official_of_latents,
+    official_of_tags,
+    tags_of_official,
+)
 from dicmh_ray.codec.quality import measure
 from dicmh_ray.codec.tiles import join_tiles, split_tiles, tiles, windows
 from dicmh_ray.errors import (
@@ -71,15 +80,17 @@ DECODE_MARGIN = 6
 MAX_REMEMBERED = 16_777_216
 """Pixels of a picture whose latents are kept between ``encode`` and the decode that measures it."""
 
+MAX_ROUNDING = 0.51
+"""Between a latent and the nearest symbol's value, fixed-point steps of means included."""
+
 Image = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 
 
-class _Latents(NamedTuple):
-    """What a stream decodes to, exactly."""
+class _Coded(NamedTuple):
+    """A stream, and what it was found to decode to."""
 
-    y_MIJ: Floats
-    z_NKL: Floats
+    data: bytes
+    latents: Latents
 
 
 class IcmhCodec:
@@ -103,7 +114,8 @@ class IcmhCodec:
         self._exact, self._normals = load_tables(checkpoint, parts.config)
         self._vocabulary = load_vocabulary(checkpoint)
         self._sampler = load_sampler(checkpoint, parts.config)
-        self._verified: list[tuple[bytes, _Latents]] = []
+        self._has_official_tables = False
+        self._verified: list[tuple[bytes, Latents]] = []
 
     def encode(
         self,
@@ -148,18 +160,102 @@ class IcmhCodec:
     def measure(self, originals: Sequence[Image], decoded: Sequence[Image]) -> list[Quality]:
         return measure(originals, decoded)
 
+    def encode_latents(
+        self,
+        latents: Latents,
+        *,
+        width: int,
+        height: int,
+        tags: Sequence[str] = (),
+        exif_orientation: int = 1,
+        is_grey: bool = False,
+    ) -> bytes:
+        """The stream of a picture of which only the latents are there.
+
+        Args:
+            latents: of the whole picture, padded to cells of 64 pixels; rounded or not.
+            width: pixels without the padding.
+            height: the same.
+            tags: as in :meth:`encode`, like the others.
+            exif_orientation: of the source.
+            is_grey: whether the source had one channel.
+
+        Raises:
+            EncodeError: a latent is not finite or is beyond what symbols reach, or the stream does
+                not decode to what was encoded.
+            ValueError: the latents are of another size, or a tag is not fit for a stream.
+        """
+        header = Header(
+            codec_id=self.codec_id,
+            width=width,
+            height=height,
+            exif_orientation=exif_orientation,
+            is_grey=is_grey,
+            num_states=1,
+        )
+        cells = (-(-height // ALIGNMENT), -(-width // ALIGNMENT))
+        if latents.z_NKL.shape[1:] != cells:
+            found = latents.z_NKL.shape[1:]
+            raise ValueError(f"{found} cells for {width}x{height} pixels, wanted {cells}")
+        coded = self._encode_latents(latents, header, tags)
+        for given, kept in zip(latents, coded.latents, strict=True):
+            if np.abs(given - kept).max() > MAX_ROUNDING:
+                raise EncodeError("a latent is beyond the symbols of a stream")
+        return coded.data
+
+    def import_official(self, stream: OfficialStream, *, width: int, height: int) -> bytes:
+        """Our stream of the picture that a file of the official program holds.
+
+        The symbols are decoded with the official float path and coded again with the exact one; no
+        picture is drawn. The tags are the words of the checkpoint's vocabulary with these numbers.
+
+        Args:
+            stream: as :func:`~dicmh_ray.codec.icmh.official.parse_official` gives it.
+            width: pixels of the picture; the file knows them rounded up to multiples of 64.
+            height: the same.
+
+        Raises:
+            InvalidHeaderError: a picture of this size has a stream of another.
+            TagsError: a tag's number is not in the vocabulary, given twice, or there are too many.
+            TruncatedBitstreamError, SymbolError: a string is damaged, or was written by other
+                weights, or where scales came out otherwise.
+            EncodeError: a symbol is beyond what our streams hold.
+        """
+        stream.check_size(width, height)
+        tags = tags_of_official(stream.tag_ids, self._vocabulary)
+        with torch.autocast(self._device.type, enabled=False):
+            latents = latents_of_official(stream, self._official_coder())
+        return self.encode_latents(latents, width=width, height=height, tags=tags)
+
+    def export_official(self, data: bytes) -> bytes:
+        """The file of the official program for one of our streams.
+
+        It holds the padded picture, with neither its size nor its orientation. A stream without tags
+        gives a file without a tag part: the official program fails on an empty one.
+
+        Raises:
+            BitstreamError: the stream is damaged.
+            CodecMismatchError: another checkpoint wrote it.
+            TagsError: a tag has no number in the official list; it is named.
+            EncodeError: a symbol is too large for the official coder, or they are too few.
+        """
+        stream, latents = self._decode_latents(data, None)
+        tag_ids = official_of_tags(stream.tags, self._vocabulary)
+        with torch.autocast(self._device.type, enabled=False):
+            official = official_of_latents(latents, self._official_coder(), tag_ids=tag_ids)
+        return write_official(official)
+
+    def _official_coder(self) -> LatentCoder:
+        """The latent coder with compressai's tables, built when they are first wanted."""
+        if not self._has_official_tables:
+            self._parts.latent_coder.update_tables()
+            self._has_official_tables = True
+        return self._parts.latent_coder
+
     def _encode_one(self, image: Image, tags: Sequence[str], exif_orientation: int) -> bytes:
         """Code a picture's latents, and decode them again to be sure."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
-        y_MIJ, z_NKL = self._analyse(image)
-        coded = [
-            self._exact.encode(
-                np.ascontiguousarray(y_MIJ[:, _times4(rows), _times4(columns)]),
-                np.ascontiguousarray(z_NKL[:, rows, columns]),
-            )
-            for rows, columns in tiles(z_NKL.shape[1:], size=TILE)
-        ]
         header = Header(
             codec_id=self.codec_id,
             width=image.shape[1],
@@ -170,24 +266,38 @@ class IcmhCodec:
             ),
             num_states=1,
         )
+        coded = self._encode_latents(self._analyse(image), header, tags)
+        if image.shape[0] * image.shape[1] <= MAX_REMEMBERED:
+            self._verified.append((coded.data, coded.latents))
+        return coded.data
+
+    def _encode_latents(self, latents: Latents, header: Header, tags: Sequence[str]) -> _Coded:
+        """Code latents, rounded or not, and decode them again to be sure."""
+        y_MIJ, z_NKL = latents
+        places = list(tiles(z_NKL.shape[1:], size=TILE))
+        coded = [
+            self._exact.encode(
+                np.ascontiguousarray(y_MIJ[:, _times4(rows), _times4(columns)]),
+                np.ascontiguousarray(z_NKL[:, rows, columns]),
+            )
+            for rows, columns in places
+        ]
         state = State(
             join_tiles([tile.payload for tile in coded]),
             _join_crcs([tile.symbol_crc for tile in coded]),
         )
         data = write_bitstream(header, tags, [state], vocabulary=self._vocabulary)
-        _, latents = self._decode_latents(data, None)
-        for tile, (rows, columns) in zip(coded, tiles(z_NKL.shape[1:], size=TILE), strict=True):
-            decoded_y = latents.y_MIJ[:, _times4(rows), _times4(columns)]
-            decoded_z = latents.z_NKL[:, rows, columns]
+        _, decoded = self._decode_latents(data, None)
+        for tile, (rows, columns) in zip(coded, places, strict=True):
+            decoded_y = decoded.y_MIJ[:, _times4(rows), _times4(columns)]
+            decoded_z = decoded.z_NKL[:, rows, columns]
             if not (
                 np.array_equal(decoded_y, tile.y_hat) and np.array_equal(decoded_z, tile.z_hat)
             ):
                 raise EncodeError("the stream does not decode to the latents that were encoded")
-        if image.shape[0] * image.shape[1] <= MAX_REMEMBERED:
-            self._verified.append((data, latents))
-        return data
+        return _Coded(data, decoded)
 
-    def _analyse(self, image: Image) -> _Latents:
+    def _analyse(self, image: Image) -> Latents:
         """Latents of a picture before they are rounded."""
         config = self._parts.config.latent_coder
         rows, columns = (-(-side // ALIGNMENT) for side in image.shape[:2])
@@ -207,9 +317,9 @@ class IcmhCodec:
                     z = z_BNkl[0, :, down.inner(1), across.inner(1)]
                     y_MIJ[:, down.whole(4), across.whole(4)] = y.cpu().numpy()
                     z_NKL[:, down.whole(1), across.whole(1)] = z.cpu().numpy()
-        return _Latents(y_MIJ, z_NKL)
+        return Latents(y_MIJ, z_NKL)
 
-    def _decode_latents(self, data: bytes, states: int | None) -> tuple[Bitstream, _Latents]:
+    def _decode_latents(self, data: bytes, states: int | None) -> tuple[Bitstream, Latents]:
         """The parsed stream, and its latents: those remembered, or decoded now."""
         header = read_header(data)  # before the tags: another checkpoint has other words
         if header.codec_id != self.codec_id[:16]:
@@ -237,9 +347,9 @@ class IcmhCodec:
             crcs.append(decoded.symbol_crc)
         if _join_crcs(crcs) != stream.states[0].symbol_crc:
             raise SymbolError("state 0", "symbols do not match their checksum")
-        return stream, _Latents(y_MIJ, z_NKL)
+        return stream, Latents(y_MIJ, z_NKL)
 
-    def _estimate(self, latents: _Latents) -> Tensor:
+    def _estimate(self, latents: Latents) -> Tensor:
         """The estimate of the scaled VAE latent, ``[1, C, h, w]``."""
         config = self._parts.config.latent_coder
         rows, columns = latents.z_NKL.shape[1:]

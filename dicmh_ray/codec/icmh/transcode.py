@@ -2,13 +2,19 @@
 
 An official file decodes in floating point to y and z; our exact model codes the same symbols again
 around its own means. So a picture of the official program becomes one of this package without being
-decoded to pixels: what is lost is at most the difference of the two means, a fixed-point step or
-few, except where that carries a value over the middle between two symbols.
+decoded to pixels. A decoded latent is the middle of its symbol's interval, so the symbols are the
+same unless the two means lie over half a step apart; what changes is the latents, by the difference
+of the means.
 
 The direction back goes through floating point as well, and the file decodes in the official program
-under its conditions (spec 0.7).
+where scales come out as they did here. Where all symbols are those of the file and floating point is
+what it was, going there and back gives the strings of the file, byte by byte.
+
+The official tags are numbers of words; ours are words, and the two meet in the vocabulary of the
+checkpoint.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +22,11 @@ import numpy.typing as npt
 import torch
 
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
-from dicmh_ray.codec.icmh.official import OfficialStream
+from dicmh_ray.codec.icmh.official import NUM_TAGS, OfficialStream
 from dicmh_ray.codec.icmh.official_coder import OfficialCoder
+from dicmh_ray.codec.vocabularies import word_ids, words_of_ids
+from dicmh_ray.errors import TagsError
+from dicmh_ray.tags import Vocabulary, encode_tags
 
 
 class Latents(NamedTuple):
@@ -59,3 +68,38 @@ def official_of_latents(
     return OfficialStream(
         z_shape=(rows, columns), y_string=coded.y_string, z_string=coded.z_string, tag_ids=tag_ids
     )
+
+
+def tags_of_official(
+    tag_ids: Sequence[int] | None, vocabulary: Vocabulary | None
+) -> tuple[str, ...]:
+    """The words that an official file names by number.
+
+    Raises:
+        TagsError: there is no vocabulary, it has no word of a number, or a stream of ours cannot hold
+            them: one is given twice, or they are too many.
+    """
+    if not tag_ids:
+        return ()
+    if vocabulary is None:
+        raise TagsError("tags are given by number, and the checkpoint has no vocabulary")
+    try:
+        words = words_of_ids(tag_ids, vocabulary)
+        encode_tags(words, vocabulary)
+    except ValueError as exc:
+        raise TagsError(str(exc)) from exc
+    return words
+
+
+def official_of_tags(tags: Sequence[str], vocabulary: Vocabulary | None) -> tuple[int, ...] | None:
+    """The numbers of words, ascending; None for no tags: the official program fails on a part of none.
+
+    Raises:
+        TagsError: words have no number in the official list; all are named.
+    """
+    if not tags:
+        return None
+    ids = {} if vocabulary is None else vocabulary.ids
+    if free := [tag for tag in tags if ids.get(tag, NUM_TAGS) >= NUM_TAGS]:
+        raise TagsError(f"no number in the official list: {', '.join(map(repr, free))}")
+    return None if vocabulary is None else word_ids(tags, vocabulary)
