@@ -33,6 +33,7 @@
     + WhereError            the filter text is wrong
     + CommitFailedError     nothing was published: safe to retry
     + CommitUnknownError    may have been published: read the commit, then decide
+  x ManifestError           a Kubernetes manifest cannot be made of these values
   x NetError                a net that judges pictures is not usable as described
   x JobError
     + FailureBudgetError    too many images failed: look at the report, then resume
@@ -361,6 +362,17 @@ class CommitUnknownError(ArchiveError):
 
     def __str__(self) -> str:
         return f"{self.name} may have been published: {self.reason}"
+
+
+class ManifestError(DicmhError):
+    """A Kubernetes manifest cannot be made of these values."""
+
+    def __init__(self, field: str, found: object, wanted: str) -> None:
+        super().__init__(field, found, wanted)
+        self.field, self.found, self.wanted = field, found, wanted
+
+    def __str__(self) -> str:
+        return f"{self.field} is {self.found!r}, wanted {self.wanted}"
 
 
 class NetError(DicmhError):
