@@ -72,7 +72,11 @@ class StageOptions:
 
 
 class Stage(ABC):
-    """Trains modules that share one forward pass, ``self.losses``."""
+    """Trains modules that share one forward pass."""
+
+    has_idle_weights = False
+    """Whether some trained weights have no part in the losses: several processes must then search
+    for them in each step."""
 
     def __init__(
         self,
@@ -121,15 +125,15 @@ class Stage(ABC):
         torch.manual_seed(options.seed + self.step + 7919 * self.rank)
         forward = self.forward_module()
         if self.processes > 1:
-            forward = DistributedDataParallel(forward)
+            forward = DistributedDataParallel(forward, find_unused_parameters=self.has_idle_weights)
         # The others have gradients of their own size, such as those of quantiles.
         clipped = [p for group in self.optimisers[0].param_groups for p in group["params"]]
         started = last_save = time.monotonic()
         first = self.step
         sums: dict[str, float] = {}
         while self.step < options.steps:
-            spent = (time.monotonic() - started) / 60
-            if self._all_agree(spent >= options.minutes):
+            spent = self._agreed((time.monotonic() - started) / 60)
+            if spent >= options.minutes:
                 break
             done = max((self.step - first) / max(options.steps - first, 1), spent / options.minutes)
             rate = min(1.0, (self.step + 1) / 200)
@@ -203,10 +207,10 @@ class Stage(ABC):
         line |= {name: round(value / self.options.report_steps, 5) for name, value in sums.items()}
         self.folder.log(line, report)
 
-    def _all_agree(self, stop: bool) -> bool:
-        """Whether to stop, as the first process sees it: clocks differ, step counts must not."""
-        if self.processes == 1:
-            return stop
-        flag = torch.tensor(int(stop), device=self.device)
-        torch.distributed.broadcast(flag, 0)
-        return bool(flag)
+    def _agreed(self, minutes: float) -> float:
+        """The first process's clock: clocks differ, learning rates and step counts must not."""
+        if self.processes == 1 or math.isinf(self.options.minutes):
+            return minutes
+        clock = torch.tensor(minutes, dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(clock, 0)
+        return float(clock)

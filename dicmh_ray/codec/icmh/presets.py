@@ -4,12 +4,13 @@
 
 ``diff-icmh`` is the paper's, around the frozen parts of a converted Stable Diffusion checkpoint;
 ``diff-icmh-small`` needs nothing but photographs and trains on a CPU: its VAE is the autoencoder
-of the default checkpoint, its prior and text encoder are trained here. Each
-stage leaves its result in the run's folder, and a run that was stopped goes on.
+of the default checkpoint, its prior and text encoder are trained here. ``diff-icmh-tiny`` is the
+same for trials, in seconds. Each stage leaves its result in the run's folder, and a run that was stopped goes on.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from dicmh_ray.codec.icmh.config import (
     VaeConfig,
 )
 from dicmh_ray.codec.icmh.exact import ExactEntropyModel
+from dicmh_ray.codec.icmh.lfgcm import ALIGNMENT
 from dicmh_ray.codec.icmh.parts import (
     Parts,
     build_parts,
+    has_human_view,
     load_human_parts,
     load_machine_parts,
     write_icmh_checkpoint,
@@ -43,6 +46,8 @@ from dicmh_ray.errors import WeightsError
 from dicmh_ray.tags import Vocabulary
 
 CHECKPOINT_NAME = "checkpoint"
+
+CALIBRATION_PX = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,24 +63,25 @@ class IcmhPreset:
     """Schedule of the U-Net and the text encoder; None: they come with the checkpoint given."""
 
     calibration_crops: int = 16
-    """Crops of 256x256 that the integer entropy model is calibrated on."""
+    """Crops of 256x256, or smaller where the photographs are, that the integer entropy model is calibrated on."""
 
+
+_PATCH_VAE = VaeConfig(
+    kind="patch",
+    settings={"num_luma": 64, "num_chroma": 16, "blocks": 2, "hidden": 96, "emphasis": 0.5},
+    scaling=1.0,
+)
+"""The autoencoder of the default checkpoint."""
+
+_TINY_SCHEDULE = IcmhOptions(
+    steps=20, batch=2, crop=64, learning_rate=1e-3, weight_decay=0.0, clip=1.0, ema=0.9
+)
 
 ICMH_PRESETS: Mapping[str, IcmhPreset] = {
     "diff-icmh": IcmhPreset(network=IcmhConfig(), codec=IcmhOptions(), prior=None),
     "diff-icmh-small": IcmhPreset(
         network=IcmhConfig(
-            vae=VaeConfig(
-                kind="patch",
-                settings={
-                    "num_luma": 64,
-                    "num_chroma": 16,
-                    "blocks": 2,
-                    "hidden": 96,
-                    "emphasis": 0.5,
-                },
-                scaling=1.0,
-            ),
+            vae=_PATCH_VAE,
             latent_coder=LatentCoderConfig(
                 latent_channels=96,
                 encoder_widths=(16, 32, 64, 96),
@@ -112,8 +118,37 @@ ICMH_PRESETS: Mapping[str, IcmhPreset] = {
             batch=8, crop=128, learning_rate=8e-4, weight_decay=0.0, clip=1.0, ema=0.995
         ),
     ),
+    "diff-icmh-tiny": IcmhPreset(
+        network=IcmhConfig(
+            vae=_PATCH_VAE,
+            latent_coder=LatentCoderConfig(
+                latent_channels=96,
+                encoder_widths=(4, 4, 6, 6),
+                z_channels=6,
+                y_channels=12,
+                prior_channels=4,
+                shared_channels=8,
+                context_widths=(12, 8),
+                slices=(2, 4, 6),
+            ),
+            restorer=RestorerConfig(
+                block_widths=(16, 24),
+                layers_per_block=1,
+                context_channels=16,
+                head_width=8,
+                control_head_width=4,
+            ),
+            text=TextConfig(
+                width=16, layers=1, heads=2, feed_forward=32, vocabulary_size=640, max_tokens=12
+            ),
+            sampler=SamplerConfig(kind="dpm-solver++", steps=3, guidance=1.5),
+        ),
+        codec=_TINY_SCHEDULE,
+        prior=_TINY_SCHEDULE,
+        calibration_crops=2,
+    ),
 }
-"""``diff-icmh`` needs ``start_from``; ``diff-icmh-small`` is for tests, trials and a CPU."""
+"""``diff-icmh`` needs ``start_from``; ``diff-icmh-small`` is for a CPU, ``diff-icmh-tiny`` for trials."""
 
 
 def train_icmh(
@@ -141,57 +176,83 @@ def train_icmh(
         report: called every 50 steps with the step and the losses.
 
     Raises:
+        SourceFormatError: no photograph is large enough for a crop.
         WeightsError: ``folder`` holds a run of another shape, or ``start_from`` does not fit.
     """
     chosen = ICMH_PRESETS[preset]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     target = torch.device(device)
-    photographs.require((options or chosen.codec).crop)
+    photographs.require(largest_crop(chosen, options, prior))
     output = folder / CHECKPOINT_NAME
     words = sorted({word for tags in photographs.tags for word in tags})
-    if start_from is not None:
-        parts = _given_parts(read_checkpoint(start_from), output)
-    else:
-        parts = _new_parts(chosen, words, output)
+    with _first_process_first():  # it writes the tokenizer
+        if start_from is not None:
+            parts = _given_parts(read_checkpoint(start_from), output)
+        else:
+            parts = _new_parts(chosen, words, output)
     for module in parts.modules().values():
         module.to(target)
     if chosen.prior is not None:
         stage = PriorStage(parts, photographs, folder, prior or chosen.prior, target)
         stage.run(report)
-    CodecStage(parts, photographs, folder, options or chosen.codec, target).run(report)
+    CodecStage(
+        parts,
+        photographs,
+        folder,
+        options or chosen.codec,
+        target,
+        is_control_new=start_from is None,
+    ).run(report)
     for module in parts.modules().values():
         module.cpu().eval()
-    if not _is_first_process():
-        torch.distributed.barrier()  # until the first process has written
-        return read_checkpoint(output)
-    checkpoint = write_icmh_checkpoint(
-        parts,
-        calibrate(parts, photographs, chosen.calibration_crops).to_arrays(),
-        output,
-        provenance={
-            "preset": preset,
-            "photographs": len(photographs.entries),
-            "options": dataclasses.asdict(options or chosen.codec),
-        },
-        vocabulary=Vocabulary(words) if words else None,
-    )
-    if torch.distributed.is_initialized():
+    with _first_process_first() as is_first:
+        if not is_first:
+            return read_checkpoint(output)
+        return write_icmh_checkpoint(
+            parts,
+            calibrate(parts, photographs, chosen.calibration_crops).to_arrays(),
+            output,
+            provenance={
+                "preset": preset,
+                "photographs": len(photographs.entries),
+                "options": dataclasses.asdict(options or chosen.codec),
+            },
+            vocabulary=Vocabulary(words) if words else None,
+        )
+
+
+def largest_crop(
+    preset: IcmhPreset, options: IcmhOptions | None = None, prior: IcmhOptions | None = None
+) -> int:
+    """Pixels per side of the largest crop that a run needs; arguments as of :func:`train_icmh`."""
+    schedules = [options or preset.codec, *([prior or preset.prior] if preset.prior else [])]
+    return max(schedule.crop for schedule in schedules if schedule is not None)
+
+
+@contextmanager
+def _first_process_first() -> Iterator[bool]:
+    """Of several processes that train together, let the others in after the first has left."""
+    is_alone = not torch.distributed.is_initialized()
+    is_first = is_alone or torch.distributed.get_rank() == 0
+    if not is_first:
         torch.distributed.barrier()
-    return checkpoint
-
-
-def _is_first_process() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    try:
+        yield is_first
+    finally:
+        if is_first and not is_alone:
+            torch.distributed.barrier()
 
 
 def calibrate(parts: Parts, photographs: PackedPhotographs, crops: int) -> ExactEntropyModel:
     """The integer entropy model of a latent coder, its ranges taken from crops of photographs."""
     rng = np.random.default_rng(7)
+    largest = max(min(height, width) for _, height, width in photographs.entries)
+    size = min(CALIBRATION_PX, largest // ALIGNMENT * ALIGNMENT)
     pictures = []
     with torch.inference_mode():
         for _ in range(crops):
-            x = photographs.crops(1, 256, rng).float() / 255
+            x = photographs.crops(1, size, rng).float() / 255
             pictures.append((x, parts.vae.encode(2 * x - 1)))
     return ExactEntropyModel.fit(parts.latent_coder, pictures)
 
@@ -216,6 +277,8 @@ def _new_parts(preset: IcmhPreset, words: Sequence[str], output: Path) -> Parts:
 
 def _given_parts(checkpoint: Checkpoint, output: Path) -> Parts:
     """The parts of a checkpoint, and its tokenizer beside where the new one will lie."""
+    if not has_human_view(checkpoint):
+        raise WeightsError(checkpoint.name, "it has no human view, whose parts training needs")
     parts = load_machine_parts(checkpoint)
     load_human_parts(checkpoint, parts)
     for name in TOKENIZER_FILES:

@@ -77,6 +77,7 @@ class PriorStage(Stage):
         self._photographs = photographs
         self._module = _PriorLosses(parts, options).to(device)
         restorer, text = parts.generative()
+        restorer.control.requires_grad_(False)
         trained = {"unet": restorer.unet.requires_grad_(True), "text": text.requires_grad_(True)}
         super().__init__(trained, RunFolder(folder, **PRIOR_FILES), options, device)
 
@@ -93,7 +94,12 @@ class PriorStage(Stage):
 
 
 class CodecStage(Stage):
-    """Trains the latent coder and the control branch around a frozen prior."""
+    """Trains the latent coder and the control branch around a frozen prior.
+
+    Args:
+        is_control_new: whether a run begins with the control branch as a copy of the U-Net, instead
+            of as it is.
+    """
 
     options: IcmhOptions
 
@@ -104,16 +110,21 @@ class CodecStage(Stage):
         folder: Path,
         options: IcmhOptions,
         device: torch.device,
+        *,
+        is_control_new: bool = True,
     ) -> None:
         self._photographs = photographs
         restorer, text = parts.generative()
         run = RunFolder(folder, **CODEC_FILES)
-        if run.progress() is None:
+        if is_control_new and run.progress() is None:
             restorer.initialise_control()
         restorer.unet.requires_grad_(False)
         text.requires_grad_(False)
         self._module = _CodecLosses(parts, options).to(device)
         trained = {"latent_coder": parts.latent_coder, "control": restorer.control}
+        for module in trained.values():
+            module.requires_grad_(True)
+        self.has_idle_weights = not options.diffusion
         super().__init__(trained, run, options, device)
 
     def make_optimisers(self) -> Sequence[torch.optim.Optimizer]:

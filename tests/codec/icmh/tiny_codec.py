@@ -1,5 +1,6 @@
 """A whole Diff-ICMH codec of random networks, small enough to be made for a test."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from dicmh_ray.codec.icmh.exact import ExactEntropyModel
 from dicmh_ray.codec.icmh.parts import Parts, build_parts, write_icmh_checkpoint
 from dicmh_ray.codec.icmh.patch_vae import take_autoencoder
 from dicmh_ray.codec.icmh.text import train_tokenizer
+from dicmh_ray.codec.training import PackedPhotographs
 from dicmh_ray.tags import Vocabulary
 from tests.codec.icmh.small_latent_coder import lively_coder, pictures
 
@@ -110,3 +112,16 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
     base = np.stack([x * 1.7 + 40 * seed, y * 1.3, 90 + 60 * np.sin((x + y) / 17)], -1) % 256
     base[(x // 23 + y // 19) % 5 == 0] *= 0.4
     return (base + rng.normal(0, 4, base.shape)).clip(0, 255).astype(np.uint8)
+
+
+def write_pack(folder: Path, *, sides: int = 200, count: int = 3) -> PackedPhotographs:
+    """Square photographs as training wants them, the first tagged ``dog``, the second ``cat``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [photograph(sides, sides, seed) for seed in range(count)]
+    tags = [["dog"], ["cat"], []]
+    index = [
+        (n * sides * sides * 3, sides, sides, tags[min(n, len(tags) - 1)]) for n in range(count)
+    ]
+    (folder / "photographs.bin").write_bytes(b"".join(image.tobytes() for image in images))
+    (folder / "photographs.json").write_text(json.dumps(index))
+    return PackedPhotographs(folder)
