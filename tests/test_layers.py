@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
     "recipe": FLOOR | {"codec", "numpy", "source"},
     "tag_recipe": FLOOR | {"codec", "numpy", "recipe", "source"},
-    "ray_plugin": LOW | {"codec", "numpy", "pipeline", "pyarrow", "ray", "views"},
+    "ray_plugin": LOW | {"codec", "numpy", "pipeline", "pyarrow", "ray", "recipe", "views"},
     "bench": LOW
     | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "onnx", "onnxruntime", "pillow_jxl"}
     | {"views"},
@@ -56,6 +56,10 @@ LAZY = {
     ("cli/__init__.py", "dicmh_ray.cli.tagging"): "the same, and torch",
     ("cli/__init__.py", "dicmh_ray.cli.training"): "the same, and torch",
     ("cli/__init__.py", "dicmh_ray.cli.writing"): "the same",
+    (
+        "cli/training.py",
+        "dicmh_ray.ray_plugin.training",
+    ): "the ray extra, when workers are asked for",
     ("ray_plugin/__init__.py", "dicmh_ray.ray_plugin.run"): "the ray extra, when Ray is asked for",
     ("bench/bd_rate.py", "bjontegaard"): "the bench extra",
     ("bench/onnx_net.py", "onnx"): "the same",

@@ -392,7 +392,8 @@ def train(
     preset: Annotated[
         str,
         typer.Option(
-            help="`default`, or `tiny` for a trial; `diff-icmh`, or `diff-icmh-small` for a CPU."
+            help="`default`, or `tiny` for a trial; `diff-icmh`, `diff-icmh-small` for a CPU, "
+            "`diff-icmh-tiny` for a trial."
         ),
     ] = "default",
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
@@ -428,6 +429,11 @@ def train(
     semantic: Annotated[
         float | None, typer.Option(min=0, help="Diff-ICMH: weight of the SC loss; 0: none.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Diff-ICMH: on Ray, so many processes. OUTPUT is shared by all."),
+    ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="A GPU for each worker.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a checkpoint on photographs and export it to OUTPUT/checkpoint.
@@ -439,6 +445,7 @@ def train(
         dicmh train photos/ -o full/ --teacher mobilenet.safetensors --labels labels.csv
         dicmh train photos/ -o icmh/ --preset diff-icmh-small --prior-minutes 30 --minutes 60
         dicmh train photos/ -o large/ --preset diff-icmh --from sd21/ --rate 8
+        dicmh train photos/ -o large/ --preset diff-icmh --from sd21/ --workers 8 --gpu
     """
     from dicmh_ray.cli.training import run_train
 
@@ -456,6 +463,8 @@ def train(
         prior_minutes=prior_minutes,
         rate=rate,
         semantic=semantic,
+        workers=workers,
+        use_gpu=gpu,
     )
 
 

@@ -1,14 +1,16 @@
 """Body of ``dicmh train``: the only command that needs torch to start."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from dicmh_ray.cli.output import say, tell, told_in_one_line
+from dicmh_ray.codec import Checkpoint
 from dicmh_ray.codec.icmh.presets import ICMH_PRESETS
+from dicmh_ray.errors import MissingExtraError
 from dicmh_ray.recipe import PRESETS, read_labels, train_checkpoint, train_icmh_checkpoint
 
 
@@ -27,12 +29,24 @@ def run_train(
     prior_minutes: float | None,
     rate: float | None,
     semantic: float | None,
+    workers: int | None,
+    use_gpu: bool,
 ) -> None:
     """Train and export; lines of progress go to standard error."""
-    of_icmh = {"--prior-minutes": prior_minutes, "--rate": rate, "--semantic": semantic}
+    of_icmh = {
+        "--prior-minutes": prior_minutes,
+        "--rate": rate,
+        "--semantic": semantic,
+        "--workers": workers,
+        "--gpu": use_gpu or None,
+    }
     if preset in ICMH_PRESETS:
         of_layered = {"--human-minutes": human_minutes, "--teacher": teacher}
         _refuse(of_layered, preset)
+        if use_gpu and workers is None:
+            raise typer.BadParameter("--gpu is for --workers; a single process has --device")
+        if workers is not None and device != "auto":
+            raise typer.BadParameter("--device does nothing with --workers; there is --gpu")
         _train_icmh(
             sources,
             output,
@@ -47,6 +61,8 @@ def run_train(
             labels=labels,
             device=device,
             start_from=start_from,
+            workers=workers,
+            use_gpu=use_gpu,
         )
         return
     if preset not in PRESETS:
@@ -86,6 +102,8 @@ def _train_icmh(
     labels: Sequence[Path],
     device: str,
     start_from: str | None,
+    workers: int | None,
+    use_gpu: bool,
 ) -> None:
     chosen = ICMH_PRESETS[preset]
     given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
@@ -93,19 +111,32 @@ def _train_icmh(
     if prior is not None and prior_minutes is not None:
         prior = dataclasses.replace(prior, minutes=prior_minutes)
     with told_in_one_line():
-        checkpoint = train_icmh_checkpoint(
-            sources,
-            output,
-            preset=preset,
-            options=dataclasses.replace(chosen.codec, **given),
-            prior=prior,
-            labels=read_labels(labels),
-            device=device,
-            start_from=start_from,
-            report=tell,
-            report_step=lambda facts: tell(_step_line(facts)),
-        )
+        common: dict[str, Any] = {
+            "preset": preset,
+            "options": dataclasses.replace(chosen.codec, **given),
+            "prior": prior,
+            "labels": read_labels(labels),
+            "start_from": start_from,
+            "report": tell,
+            "report_step": lambda facts: tell(_step_line(facts)),
+        }
+        if workers is None:
+            checkpoint = train_icmh_checkpoint(sources, output, device=device, **common)
+        else:
+            train_on_ray = _ray_training()
+            checkpoint = train_on_ray(sources, output, workers=workers, use_gpu=use_gpu, **common)
     say(f"{output / 'checkpoint'}\t{checkpoint.codec_id}")
+
+
+def _ray_training() -> Callable[..., Checkpoint]:
+    """``train_icmh_on_ray``. Raises MissingExtraError where there is no Ray."""
+    try:
+        from dicmh_ray.ray_plugin.training import train_icmh_on_ray
+    except ModuleNotFoundError as exc:
+        if exc.name != "ray":
+            raise
+        raise MissingExtraError("ray", "ray") from exc
+    return train_icmh_on_ray
 
 
 def _refuse(options: Mapping[str, Any], preset: str) -> None:

@@ -63,7 +63,7 @@ def compress_on_ray(
     monitor.report.runtime = "ray"
     if not units:
         return monitor.finish(job)
-    with _cluster(options):
+    with connected(options):
         resources = _Resources.of_cluster(options)
         job = resources.fit(job)
         # Put once: a job may carry a checkpoint, and every worker reads the same copy.
@@ -77,10 +77,13 @@ def compress_on_ray(
 
 
 @contextmanager
-def _cluster(options: RayOptions) -> Iterator[None]:
-    """A connection to Ray: the process's own, a running cluster's, or a local one of our own."""
+def connected(options: RayOptions) -> Iterator[bool]:
+    """A connection to Ray: the process's own, a running cluster's, or a local one of our own.
+
+    Yields whether it is a local one that ends with the context.
+    """
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = options.address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -88,7 +91,7 @@ def _cluster(options: RayOptions) -> Iterator[None]:
     else:
         start_local_ray(options.local_cpus)
     try:
-        yield
+        yield not address
     finally:
         ray.shutdown()
 
