@@ -25,6 +25,8 @@
     + TaggerError           a tagger cannot be loaded, or does not keep its contract
   x ArchiveError
     + ArchiveNotFoundError
+    + VersionExpiredError   that version was given up: open a newer one
+    + AppendError           a job cannot be added to this archive: the message says why
     + PlanConflictError     another job owns this archive: choose another name or its settings
     + SchemaVersionError
     + CorruptObjectError    a stored object is damaged: verify, repair that unit
@@ -268,6 +270,28 @@ class ArchiveNotFoundError(ArchiveError):
 
     def __str__(self) -> str:
         return f"no archive at {self.uri}"
+
+
+class VersionExpiredError(ArchiveError):
+    """A version of an archive was given up, and its objects deleted."""
+
+    def __init__(self, uri: str, version: int) -> None:
+        super().__init__(uri, version)
+        self.uri, self.version = uri, version
+
+    def __str__(self) -> str:
+        return f"version {self.version} of {self.uri} was given up by gc: open a newer one"
+
+
+class AppendError(ArchiveError):
+    """A job cannot be added to an archive."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(uri, reason)
+        self.uri, self.reason = uri, reason
+
+    def __str__(self) -> str:
+        return f"nothing can be appended to {self.uri}: {self.reason}"
 
 
 class PlanConflictError(ArchiveError):

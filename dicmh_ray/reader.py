@@ -58,7 +58,7 @@ class Fragment:
     """One row group of one part: what a parallel scan hands to a worker."""
 
     unit: str
-    """Unit the rows belong to."""
+    """Unit the rows belong to; units of two jobs may share a name."""
 
     part: str
     """Object that holds them."""
@@ -80,10 +80,11 @@ class ArchiveReader:
         self.snapshot = snapshot
         """What is read: later commits do not appear."""
         self._store = snapshot.store
-        self._units = {commit.unit: commit for commit in snapshot.commits}
+        self._units = {_commit_key(commit): commit for commit in snapshot.commits}
+        self._units_of_parts = {p.name: c for c in snapshot.commits for p in c.parts}
         self._parts = {part.name: part for part in snapshot.parts}
         self._lock = threading.Lock()
-        self._indexes: dict[str, pa.Table] = {}
+        self._indexes: dict[tuple[str, str], pa.Table] = {}
         self._lookup: _Lookup | None = None
         self._footers: dict[str, pq.FileMetaData] = {}
         self._small: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
@@ -305,7 +306,7 @@ class ArchiveReader:
 
     def _index(self, commit: Commit) -> pa.Table:
         with self._lock:
-            table = self._indexes.get(commit.unit)
+            table = self._indexes.get(_commit_key(commit))
             missing = len(self.snapshot.commits) - len(self._indexes)
         if table is not None:
             return table
@@ -313,13 +314,13 @@ class ArchiveReader:
             # Whoever needs one unit's index most often goes on to the others.
             tables = dict(zip(self._units, self.snapshot.read_indexes(), strict=True))
         else:
-            tables = {commit.unit: self.snapshot.read_index(commit)}
+            tables = {_commit_key(commit): self.snapshot.read_index(commit)}
         with self._lock:
             self._indexes.update(tables)
-        return tables[commit.unit]
+        return tables[_commit_key(commit)]
 
     def _row_group_index(self, fragment: Fragment) -> pa.Table:
-        commit = self._units.get(fragment.unit)
+        commit = self._units_of_parts.get(fragment.part)
         if commit is not None:
             for part, group, rows in _row_groups(self._index(commit)):
                 if (part, group) == (fragment.part, fragment.row_group):
@@ -420,6 +421,11 @@ def _row_groups(index: pa.Table) -> Iterator[tuple[str, int, pa.Table]]:
     for start, stop in zip(starts, [*starts[1:], len(index)], strict=True):
         rows = index.slice(start, stop - start)
         yield rows["part"][0].as_py(), rows["row_group"][0].as_py(), rows
+
+
+def _commit_key(commit: Commit) -> tuple[str, str]:
+    """Units of several jobs may share a name."""
+    return commit.plan_id, commit.unit
 
 
 def _blob_ranges(blob: str, places: pa.Table, states: int | None) -> Iterator[ByteRange]:

@@ -1,12 +1,15 @@
 """Archive v1: rows in Parquet on any store, committed unit by unit, verified to the byte.
 
     plan.json ─> part(s) ─> index ─> commit/<unit>.json ─> ... ─> manifest/000001.json
+    plan/<plan_id>.json  ─> ...  ─> job/<plan_id>/<unit>.json ─> manifest/000002.json   and so on
 
-Only ``commit/`` and ``manifest/`` say what belongs to an archive; nothing trusts a listing of
+Only commits and ``manifest/`` say what belongs to an archive; nothing trusts a listing of
 ``data/``. ``schemas/archive.v1.md`` is the contract.
 """
 
+from dicmh_ray.archive.append import append_to_archive, published_units, unit_identity
 from dicmh_ray.archive.commit import Commit, PartFacts, UnitStatistics
+from dicmh_ray.archive.history import History, read_history
 from dicmh_ray.archive.manifest import Manifest
 from dicmh_ray.archive.part import PartOptions
 from dicmh_ray.archive.plan import Plan
@@ -24,6 +27,7 @@ __all__ = [
     "ArchiveWriter",
     "Commit",
     "EncodedImage",
+    "History",
     "Manifest",
     "PartFacts",
     "PartOptions",
@@ -33,11 +37,15 @@ __all__ = [
     "Store",
     "UnitStatistics",
     "VerifyReport",
+    "append_to_archive",
     "create_archive",
     "open_snapshot",
     "open_store",
     "probe",
+    "published_units",
+    "read_history",
     "reindex",
     "row_crc32c",
+    "unit_identity",
     "verify_archive",
 ]

@@ -23,6 +23,9 @@ from dicmh_ray.archive.store import Store, check_name
 from dicmh_ray.errors import CorruptObjectError
 
 COMMIT_PREFIX = "commit/"
+JOB_PREFIX = "job/"
+"""Of the commits of later jobs: appends and compactions."""
+
 COMMIT_FORMAT = "dicmh.archive.commit"
 COMMIT_VERSION = 1
 PARALLEL_REQUESTS = 16
@@ -238,6 +241,23 @@ def commit_name(unit: str, attempt: str | None = None) -> str:
     return f"{COMMIT_PREFIX}{stem}.json"
 
 
+def job_prefix(plan_id: str) -> str:
+    """Where a later job's commits are."""
+    return f"{JOB_PREFIX}{plan_id}/"
+
+
+def job_commit_name(plan_id: str, unit: str) -> str:
+    """Object name of the commit of a later job's unit."""
+    return f"{job_prefix(plan_id)}{unit}.json"
+
+
+def job_commit_names(names: Iterable[str], plan: Plan) -> dict[str, str]:
+    """Unit -> commit, of a later job's units that are done, from a listing; in plan order."""
+    present = set(names)
+    wanted = {unit: job_commit_name(plan.plan_id, unit) for unit in plan.unit_names}
+    return {unit: name for unit, name in wanted.items() if name in present}
+
+
 def winning_names(names: Iterable[str]) -> dict[str, str]:
     """The commit that counts for each unit, from a listing: the smallest name.
 
@@ -271,7 +291,11 @@ def check_commit(name: str, commit: Commit, plan: Plan | None) -> None:
     Raises:
         CorruptObjectError: it is of another unit, attempt, codec or plan.
     """
-    if name not in (commit_name(commit.unit), commit_name(commit.unit, commit.attempt)):
+    if name not in (
+        commit_name(commit.unit),
+        commit_name(commit.unit, commit.attempt),
+        job_commit_name(commit.plan_id, commit.unit),
+    ):
         raise CorruptObjectError(name, f"holds the commit of unit {commit.unit!r}")
     if plan is None:
         return
@@ -290,6 +314,16 @@ def read_commits(store: Store, plan: Plan) -> dict[str, Commit]:
     winners = winning_names(store.list(COMMIT_PREFIX))
     last = len(plan.positions)
     names = [winners[unit] for unit in sorted(winners, key=lambda u: plan.positions.get(u, last))]
+    return _read_all(store, names, plan)
+
+
+def read_job_commits(store: Store, plan: Plan) -> dict[str, Commit]:
+    """The same of a later job's plan."""
+    names = job_commit_names(store.list(job_prefix(plan.plan_id)), plan)
+    return _read_all(store, list(names.values()), plan)
+
+
+def _read_all(store: Store, names: list[str], plan: Plan) -> dict[str, Commit]:
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         commits = list(pool.map(lambda name: read_commit(store, name, plan), names))
     return dict(zip(names, commits, strict=True))

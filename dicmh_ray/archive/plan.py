@@ -1,7 +1,7 @@
 """What a job will do, fixed before it does any of it: units, codec, parameters."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,11 +10,13 @@ from dicmh_ray.archive.sealed import digest, seal, unseal
 from dicmh_ray.errors import CorruptObjectError
 
 PLAN_NAME = "plan.json"
+LATER_PLAN_PREFIX = "plan/"
 PLAN_FORMAT = "dicmh.archive.plan"
 PLAN_VERSION = 1
 
 _UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _CODEC_ID = re.compile(r"[0-9a-f]{64}")
+_LATER_PLAN_NAME = re.compile(r"plan/([0-9a-f]{64})\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +64,25 @@ class Plan:
         return seal(PLAN_FORMAT, PLAN_VERSION, self._body())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Plan":
-        """Read ``plan.json``.
+    def from_bytes(cls, data: bytes, name: str = PLAN_NAME) -> "Plan":
+        """Read ``plan.json``, or another plan by its object name.
 
         Raises:
             CorruptObjectError: the bytes are not a plan as :meth:`to_bytes` writes it.
             SchemaVersionError: a plan of another version.
         """
-        body = unseal(PLAN_NAME, data, PLAN_FORMAT, PLAN_VERSION)
+        body = unseal(name, data, PLAN_FORMAT, PLAN_VERSION)
         try:
-            return cls(
+            plan = cls(
                 units=tuple(body["units"]),
                 codec_id=body["codec_id"],
                 parameters=body["parameters"],
             )
         except (KeyError, TypeError, ValueError) as exc:
-            raise CorruptObjectError(PLAN_NAME, f"not a plan: {exc!r}") from exc
+            raise CorruptObjectError(name, f"not a plan: {exc!r}") from exc
+        if name not in (PLAN_NAME, later_plan_name(plan.plan_id)):
+            raise CorruptObjectError(name, f"holds plan {plan.plan_id[:16]}")
+        return plan
 
     def _body(self) -> dict[str, Any]:
         return {
@@ -85,6 +90,16 @@ class Plan:
             "codec_id": self.codec_id,
             "parameters": dict(self.parameters),
         }
+
+
+def later_plan_name(plan_id: str) -> str:
+    """Object name of the plan of an append or a compaction."""
+    return f"{LATER_PLAN_PREFIX}{plan_id}.json"
+
+
+def later_plan_ids(names: Iterable[str]) -> list[str]:
+    """Plans in a listing of ``plan/``, sorted."""
+    return sorted(match[1] for name in names if (match := _LATER_PLAN_NAME.fullmatch(name)))
 
 
 def _has_storage_options(value: Any) -> bool:

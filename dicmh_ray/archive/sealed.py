@@ -6,7 +6,7 @@ plan, commit or manifest makes it no JSON, not canonical, or not what its digest
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dicmh_ray.errors import CorruptObjectError, SchemaVersionError
@@ -33,7 +33,7 @@ def seal(kind: str, version: int, body: Mapping[str, Any]) -> bytes:
     return canonical_json({**named, DIGEST_FIELD: digest(named)})
 
 
-def unseal(name: str, data: bytes, kind: str, version: int) -> dict[str, Any]:
+def unseal(name: str, data: bytes, kind: str, version: int | Collection[int]) -> dict[str, Any]:
     """The body of an object written by :func:`seal`; ``sha256`` stays in it.
 
     Raises:
@@ -52,6 +52,7 @@ def unseal(name: str, data: bytes, kind: str, version: int) -> dict[str, Any]:
         raise CorruptObjectError(name, "content does not match its SHA-256")
     if value.get("format") != kind:
         raise CorruptObjectError(name, f"is a {value.get('format')!r}, wanted {kind!r}")
-    if value.get("version") != version:
+    known = (version,) if isinstance(version, int) else version
+    if value.get("version") not in known:
         raise SchemaVersionError(name, value.get("version"), version)
     return value

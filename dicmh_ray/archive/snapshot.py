@@ -18,16 +18,12 @@ from dicmh_ray.archive.commit import (
     UnitStatistics,
     read_commits,
 )
-from dicmh_ray.archive.manifest import (
-    MANIFEST_PREFIX,
-    Manifest,
-    manifest_name,
-    manifest_versions,
-)
+from dicmh_ray.archive.manifest import Manifest
 from dicmh_ray.archive.part import INDEX_SCHEMA, index_part, read_index, write_index
-from dicmh_ray.archive.plan import PLAN_NAME, Plan
+from dicmh_ray.archive.plan import Plan
 from dicmh_ray.archive.store import Store, open_store
-from dicmh_ray.errors import ArchiveNotFoundError, CommitFailedError, CorruptObjectError
+from dicmh_ray.archive.versions import newest_manifest, read_manifest, read_plan
+from dicmh_ray.errors import CommitFailedError, CorruptObjectError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +33,7 @@ class ArchiveStatistics(UnitStatistics):
     """Sums over the whole snapshot, and where it comes from."""
 
     units: int
-    """Units in the plan."""
+    """Units in the plan; of a finished archive those of this version."""
 
     committed: int
     """Units whose rows are in this snapshot."""
@@ -53,6 +49,9 @@ class ArchiveStatistics(UnitStatistics):
 
     parameters: Mapping[str, Any]
     """The plan's parameters."""
+
+    archive_version: int | None
+    """Of this snapshot; None while the archive is unfinished."""
 
     created_by: str
     """Software that wrote the newest record."""
@@ -70,10 +69,10 @@ class Snapshot:
     """Where the objects are."""
 
     plan: Plan
-    """What the archive is meant to hold."""
+    """What the archive was begun with."""
 
     commits: tuple[Commit, ...]
-    """Committed units in plan order."""
+    """Committed units: in plan order, then those that were appended."""
 
     manifest: Manifest | None
     """None while the archive is unfinished."""
@@ -107,12 +106,13 @@ class Snapshot:
             makers.insert(0, self.manifest)
         return ArchiveStatistics(
             **asdict(total),
-            units=len(self.plan.units),
+            units=len(self.plan.units if self.manifest is None else self.commits),
             committed=len(self.commits),
             mean_bpp=8 * total.ok_bitstream_bytes / total.ok_pixels if total.ok_pixels else None,
             codec_id=self.plan.codec_id,
             plan_id=self.plan.plan_id,
             parameters=self.plan.parameters,
+            archive_version=None if self.manifest is None else self.manifest.version,
             created_by=makers[0].created_by if makers else "",
         )
 
@@ -204,26 +204,24 @@ def open_snapshot(
 
     Args:
         uri: address of the archive.
-        version: of the manifest; None is the newest, or what is committed so far.
+        version: of the archive, from 1; None is the newest, or what is committed so far. What a
+            version holds never changes, whatever is appended or compacted after it.
         storage_options: for the fsspec file system.
 
     Raises:
         ArchiveNotFoundError: there is no plan, or no such version.
+        VersionExpiredError: the version was given up.
         CorruptObjectError: a plan, commit or manifest is damaged.
     """
     store = open_store(uri, storage_options)
-    try:
-        plan = Plan.from_bytes(store.get(PLAN_NAME))
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        raise ArchiveNotFoundError(store.uri) from exc
-    versions = manifest_versions(store.list(MANIFEST_PREFIX))
-    if version is not None and version not in versions:
-        raise ArchiveNotFoundError(f"{store.uri} version {version}")
-    if not versions:
+    plan = read_plan(store)
+    if version is None:
+        manifest = newest_manifest(store, plan)
+    else:
+        manifest = read_manifest(store, version, plan)
+    if manifest is None:
         commits = tuple(read_commits(store, plan).values())
         return Snapshot(store=store, plan=plan, commits=commits, manifest=None)
-    name = manifest_name(versions[-1] if version is None else version)
-    manifest = Manifest.from_bytes(name, store.get(name), plan)
     return Snapshot(
         store=store, plan=plan, commits=tuple(manifest.commits.values()), manifest=manifest
     )

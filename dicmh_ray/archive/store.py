@@ -17,9 +17,10 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
@@ -41,6 +42,7 @@ SCRATCH = "scratch/"
 """Objects below this prefix belong to probes: no reader looks at them."""
 
 _TEMPORARY = ".tmp-"
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 _CONFLICT_TRIES = 4
 _CONFLICT_STATUS = 409
 _LOST_STATUS = 412
@@ -48,6 +50,19 @@ _BAD_RANGE_STATUS = 416
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 _SAFE_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
 _memory_lock = threading.Lock()
+
+
+class StoredObject(NamedTuple):
+    """One line of a listing."""
+
+    name: str
+    """In the store."""
+
+    num_bytes: int
+    """Length."""
+
+    modified: float
+    """When it was put, seconds of the epoch by the store's clock; infinite if it does not say."""
 
 
 def check_name(name: str) -> str:
@@ -182,6 +197,41 @@ class Store:
                 return []
         names = [path[len(self._root) + 1 :] for path in paths]
         return sorted(name for name in names if f"/{_TEMPORARY}" not in f"/{name}")
+
+    def list_objects(self, prefix: str) -> Sequence[StoredObject]:
+        """What :meth:`list` names, with sizes and times."""
+        with self._boundary(prefix):
+            folder = f"{self._root}/{prefix}".rstrip("/")
+            try:
+                found = self._fs.find(folder, detail=True)
+            except FileNotFoundError:
+                return []
+        objects = [
+            StoredObject(path[len(self._root) + 1 :], int(info["size"]), _modified(info))
+            for path, info in found.items()
+        ]
+        return sorted(o for o in objects if f"/{_TEMPORARY}" not in f"/{o.name}")
+
+    def modified(self, name: str) -> float | None:
+        """When an object was put, by the store's clock; None if there is no such object."""
+        with self._boundary(name):
+            try:
+                return _modified(self._fs.info(self._path(name)))
+            except FileNotFoundError:
+                return None
+
+    def now(self) -> float:
+        """The time by the store's clock, seconds of the epoch: of an object put for the purpose.
+
+        Ages must be told by one clock, and the machines that write have one each.
+        """
+        name = f"{SCRATCH}clock-{uuid.uuid4().hex}"
+        self.put(name, b"")
+        try:
+            found = self.modified(name)
+        finally:
+            self.delete(name)
+        return time.time() if found is None or found == float("inf") else found
 
     def size(self, name: str) -> int:
         """Length of an object in bytes.
@@ -340,6 +390,21 @@ def _http_status(exc: BaseException | None) -> int | None:
                 return status
         exc = exc.__cause__
     return None
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    for field in _TIMES:
+        value = info.get(field)
+        if isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                value = datetime.fromisoformat(value)
+            except ValueError:
+                continue
+        if isinstance(value, datetime):
+            return value.timestamp()
+    return float("inf")
 
 
 def _describe(exc: BaseException) -> str:

@@ -7,7 +7,7 @@ check: what it named is checked through what else names it.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,11 +23,14 @@ from dicmh_ray.archive.commit import (
     PartFacts,
     UnitStatistics,
     check_commit,
+    job_commit_names,
     winning_names,
 )
 from dicmh_ray.archive.manifest import (
     MANIFEST_PREFIX,
+    Expired,
     Manifest,
+    is_expired,
     manifest_name,
     manifest_versions,
 )
@@ -39,7 +42,7 @@ from dicmh_ray.archive.part import (
     read_index,
     small_chunks,
 )
-from dicmh_ray.archive.plan import PLAN_NAME, Plan
+from dicmh_ray.archive.plan import PLAN_NAME, Plan, later_plan_ids, later_plan_name
 from dicmh_ray.archive.schema import (
     BLOBS,
     SMALL_COLUMNS,
@@ -100,7 +103,7 @@ class VerifyReport:
     """Damage: what was committed is not what is stored."""
 
     notes: list[str] = field(default_factory=list)
-    """What is worth knowing and no damage: stray objects, missing units, repeated keys."""
+    """What is worth knowing and no damage: strays, missing units, open jobs, repeated keys."""
 
     unchecked: str | None = None
     """Why the check could not be made, or not to its end."""
@@ -136,7 +139,7 @@ def verify_archive(
     decode: Decode | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> VerifyReport:
-    """Check every object and every row of an archive.
+    """Check every object and every row of an archive, of all its versions.
 
     Args:
         uri: address of the archive.
@@ -166,18 +169,26 @@ class _Check:
         self.names: list[str] = []
         self.known: set[str] = set()
         self.keys: set[str] = set()
+        self.is_newest = True
 
     def run(self, first: int, step: int) -> None:
         self.names = self.store.list("")
         if not self.names:
             raise ArchiveNotFoundError(self.store.uri)
         plan = self.check_plan()
-        manifest = self.check_manifests(plan)
-        commits = self.check_commits(plan, manifest)
-        self.check_completeness(plan, manifest, commits)
-        self.check_codec(plan, manifest, commits)
-        for number, (name, commit) in enumerate(commits.items()):
+        manifests = self.check_manifests(plan)
+        newest = manifests[-1] if manifests else None
+        plans = self.check_later_plans(newest)
+        if plan is not None:
+            plans[plan.plan_id] = plan
+        commits = self.check_commits(plan, newest, plans)
+        self.check_completeness(plan, newest, commits)
+        others = self.check_older_commits(manifests[:-1], commits, plans)
+        others |= self.check_open_jobs(newest, plans)
+        self.check_codec(plan, newest, {**commits, **others})
+        for number, (name, commit) in enumerate([*commits.items(), *others.items()]):
             self.known.update([commit.index.name, *(part.name for part in commit.parts)])
+            self.is_newest = number < len(commits)
             if number % step == first:
                 self.check_unit(name, commit)
         stray = [name for name in self.names if name not in self.known]
@@ -193,9 +204,10 @@ class _Check:
             self.damaged(PLAN_NAME, exc)
             return None
 
-    def check_manifests(self, plan: Plan | None) -> Manifest | None:
-        """Every manifest; the newest sound one."""
-        newest = None
+    def check_manifests(self, plan: Plan | None) -> list[Manifest]:
+        """Every manifest; the sound ones, oldest first."""
+        sound: list[Manifest] = []
+        digests: dict[int, str] = {}
         versions = manifest_versions([n for n in self.names if n.startswith(MANIFEST_PREFIX)])
         for version in range(1, max(versions, default=0) + 1):
             name = manifest_name(version)
@@ -203,18 +215,71 @@ class _Check:
             if data is None:
                 continue
             try:
-                newest = Manifest.from_bytes(name, data, plan)
+                if is_expired(data):
+                    digests[version] = Expired.from_bytes(name, data).manifest_sha256
+                else:
+                    sound.append(Manifest.from_bytes(name, data, plan))
+                    digests[version] = hashlib.sha256(data).hexdigest()
             except ArchiveError as exc:
                 self.damaged(name, exc)
-        return newest
+        for entry in sound[-1].history[1:] if sound else ():
+            parent = entry.archive_version - 1
+            if digests.get(parent, entry.parent_sha256) != entry.parent_sha256:
+                what = f"is not the version that manifest {sound[-1].version} follows"
+                self.problem(manifest_name(parent), what)
+        return sound
 
-    def check_commits(self, plan: Plan | None, manifest: Manifest | None) -> dict[str, Commit]:
-        """Every commit object, against the manifest where there is one; by name, in plan order."""
-        listed = dict(manifest.commits) if manifest is not None else {}
-        order = plan.positions if plan is not None else {}
+    def check_later_plans(self, newest: Manifest | None) -> dict[str, Plan]:
+        """The plans of later jobs, by id. Those of appends must be there."""
+        stored = set(later_plan_ids(self.names))
+        published = newest.history if newest is not None else ()
+        wanted = {v.plan_id for v in published if v.operation == "append"}
+        plans = {}
+        for plan_id in sorted(stored | wanted):
+            name = later_plan_name(plan_id)
+            data = self.read(name)
+            if data is None:
+                continue
+            try:
+                plans[plan_id] = Plan.from_bytes(data, name)
+            except ArchiveError as exc:
+                self.damaged(name, exc)
+        return plans
+
+    def check_commits(
+        self, plan: Plan | None, manifest: Manifest | None, plans: Mapping[str, Plan]
+    ) -> dict[str, Commit]:
+        """The commits of the newest version, or those of an unfinished archive, in plan order."""
+        if manifest is not None:
+            return self.check_listed(manifest, plans)
         winners = winning_names(n for n in self.names if n.startswith(COMMIT_PREFIX))
-        found = dict(listed)
-        for name in dict.fromkeys([*listed, *(() if listed else sorted(winners.values()))]):
+        found = self.check_unlisted(sorted(winners.values()), plan)
+        order = plan.positions if plan is not None else {}
+        return dict(sorted(found.items(), key=lambda item: order.get(item[1].unit, len(order))))
+
+    def check_listed(
+        self, manifest: Manifest, plans: Mapping[str, Plan], skip: Collection[str] = ()
+    ) -> dict[str, Commit]:
+        """Every commit that a manifest lists, against its object."""
+        found = {name: commit for name, commit in manifest.commits.items() if name not in skip}
+        for name, listed in found.items():
+            data = self.read(name)
+            if data is None:
+                continue
+            try:
+                commit = Commit.from_bytes(name, data)
+                check_commit(name, commit, plans.get(listed.plan_id))
+            except ArchiveError as exc:
+                self.damaged(name, exc)
+                continue
+            if data != listed.to_bytes():
+                self.problem(name, "is not the commit that the manifest lists")
+        return found
+
+    def check_unlisted(self, names: Sequence[str], plan: Plan | None) -> dict[str, Commit]:
+        """The sound ones of some commits that no manifest lists."""
+        found = {}
+        for name in names:
             data = self.read(name)
             if data is None:
                 continue
@@ -224,11 +289,36 @@ class _Check:
             except ArchiveError as exc:
                 self.damaged(name, exc)
                 continue
-            if name in listed and data != listed[name].to_bytes():
-                self.problem(name, "is not the commit that the manifest lists")
-                continue
             found[name] = commit
-        return dict(sorted(found.items(), key=lambda item: order.get(item[1].unit, len(order))))
+        return found
+
+    def check_older_commits(
+        self,
+        manifests: Sequence[Manifest],
+        newest: Mapping[str, Commit],
+        plans: Mapping[str, Plan],
+    ) -> dict[str, Commit]:
+        """The commits of older versions that the newest one has no longer."""
+        found: dict[str, Commit] = {}
+        for manifest in manifests:
+            found |= self.check_listed(manifest, plans, {*newest, *found})
+        return found
+
+    def check_open_jobs(
+        self, newest: Manifest | None, plans: Mapping[str, Plan]
+    ) -> dict[str, Commit]:
+        """What later jobs have committed and no version has published yet."""
+        found: dict[str, Commit] = {}
+        for plan_id, plan in plans.items():
+            if newest is None or plan_id == newest.plan_id or newest.has_published(plan_id):
+                continue
+            done = job_commit_names(self.names, plan)
+            found |= self.check_unlisted(list(done.values()), plan)
+            self.report.notes.append(
+                f"{later_plan_name(plan_id)}: not published, "
+                f"{len(plan.units) - len(done)} of {len(plan.units)} units are not committed"
+            )
+        return found
 
     def check_completeness(
         self, plan: Plan | None, manifest: Manifest | None, commits: Mapping[str, Commit]
@@ -374,9 +464,10 @@ class _Check:
         found = row_crc32c(row)
         if found != row.crc32c:
             return f"CRC-32C is {found:#010x}, the row says {row.crc32c:#010x}"
-        if row.key in self.keys:
-            self.report.notes.append(f"{row.key!r}: key of more than one row")
-        self.keys.add(row.key)
+        if self.is_newest:
+            if row.key in self.keys:
+                self.report.notes.append(f"{row.key!r}: key of more than one row")
+            self.keys.add(row.key)
         if row.original and hashlib.sha256(row.original).hexdigest() != row.original_sha256:
             return "original does not match its SHA-256"
         stream = row.base + row.detail

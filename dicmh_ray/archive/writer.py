@@ -1,6 +1,7 @@
 """Write an archive: start it, commit its units in any order from anywhere, finish it."""
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,16 +21,26 @@ from dicmh_ray.archive.commit import (
     read_commits,
     winning_names,
 )
-from dicmh_ray.archive.manifest import Manifest, first_manifest, manifest_name
+from dicmh_ray.archive.manifest import (
+    MANIFEST_PREFIX,
+    Manifest,
+    first_manifest,
+    manifest_name,
+    manifest_versions,
+)
 from dicmh_ray.archive.part import INDEX_SCHEMA, PartOptions, write_index, write_parts
 from dicmh_ray.archive.plan import PLAN_NAME, Plan
 from dicmh_ray.archive.schema import EncodedImage
 from dicmh_ray.archive.store import Store, open_store, probe
+from dicmh_ray.archive.versions import newest_manifest
 from dicmh_ray.errors import CommitFailedError, CommitUnknownError, PlanConflictError
 
 logger = logging.getLogger(__name__)
 
 INDEX_PREFIX = "index/"
+
+COMMIT_LEASE_S = 6 * 3600
+"""Parts that were put longer ago may be about to be deleted as garbage: they are not committed."""
 
 
 class ArchiveWriter:
@@ -55,7 +66,12 @@ class ArchiveWriter:
         return self._store.conditional
 
     def committed_units(self) -> set[str]:
-        """Names of the units that are done. One listing."""
+        """Names of the units that are done. Two listings.
+
+        After a compaction a finished plan's commits may be gone; the manifest says that it is done.
+        """
+        if manifest_versions(self._store.list(MANIFEST_PREFIX)):
+            return set(self.plan.positions)
         return set(winning_names(self._store.list(COMMIT_PREFIX))) & set(self.plan.positions)
 
     def commit_unit(
@@ -84,17 +100,11 @@ class ArchiveWriter:
             return done
         attempt = new_attempt()
         kept = list(rows)
-        facts, indexes = [], []
-        footer = {
-            "dicmh.plan_id": self.plan.plan_id,
-            "dicmh.unit": unit_name,
-            "dicmh.codec_id": self.plan.codec_id,
-            "dicmh.created_by": created_by(),
-        }
-        for part in write_parts(unit_name, kept, footer=footer, options=self._options):
-            self._store.put(part.name, part.data)
-            facts.append(PartFacts.of(part))
-            indexes.append(part.index)
+        started = _clocks()
+        stored = self._put_parts(unit_name, kept)
+        if stored is None:
+            stored = self._put_parts(unit_name, kept, {"dicmh.attempt": attempt})
+        facts, indexes = stored or ([], [])
         commit = Commit(
             unit=unit_name,
             plan_id=self.plan.plan_id,
@@ -106,6 +116,9 @@ class ArchiveWriter:
             info=dict(info or {}),
             created_by=created_by(),
         )
+        if max(now - then for then, now in zip(started, _clocks(), strict=True)) > COMMIT_LEASE_S:
+            reason = f"its parts were put more than {COMMIT_LEASE_S // 3600} hours ago"
+            raise CommitFailedError(self._commit_name(unit_name), reason)
         return self._publish(commit)
 
     def finalize(self) -> Manifest:
@@ -115,10 +128,9 @@ class ArchiveWriter:
             CommitFailedError: some units are not committed.
         """
         name = manifest_name(1)
-        try:
-            return Manifest.from_bytes(name, self._store.get(name), self.plan)
-        except FileNotFoundError:
-            pass
+        newest = newest_manifest(self._store, self.plan)
+        if newest is not None:
+            return newest
         commits = read_commits(self._store, self.plan)
         missing = len(self.plan.unit_names) - len(commits)
         if missing:
@@ -130,6 +142,33 @@ class ArchiveWriter:
             return manifest
         return Manifest.from_bytes(name, self._store.get(name), self.plan)
 
+    def _put_parts(
+        self, unit: str, rows: list[EncodedImage], extra: Mapping[str, str] | None = None
+    ) -> tuple[list[PartFacts], list[pa.Table]] | None:
+        """Store a unit's parts. None if a stray of that name is so old that it may be deleted."""
+        footer = {
+            "dicmh.plan_id": self.plan.plan_id,
+            "dicmh.unit": unit,
+            "dicmh.codec_id": self.plan.codec_id,
+            "dicmh.created_by": created_by(),
+            **(extra or {}),
+        }
+        facts, indexes = [], []
+        for part in write_parts(unit, rows, footer=footer, options=self._options):
+            before = self._store.modified(part.name) if extra is None else None
+            self._store.put(part.name, part.data)
+            if before is not None:
+                after = self._store.modified(part.name)
+                if after is None or after - before > COMMIT_LEASE_S:
+                    return None
+            facts.append(PartFacts.of(part))
+            indexes.append(part.index)
+        return facts, indexes
+
+    def _commit_name(self, unit: str) -> str:
+        """Where the unit's commit is put, if absent."""
+        return commit_name(unit)
+
     def _put_index(self, unit: str, tables: list[pa.Table]) -> ObjectFacts:
         table = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
         data = write_index(table)
@@ -140,20 +179,20 @@ class ArchiveWriter:
 
     def _publish(self, commit: Commit) -> Commit:
         if self._store.conditional:
-            if self._store.put_if_absent(commit_name(commit.unit), commit.to_bytes()):
+            if self._store.put_if_absent(self._commit_name(commit.unit), commit.to_bytes()):
                 return commit
             logger.info("unit %s was committed by another attempt", commit.unit)
         else:
             self._store.put(commit_name(commit.unit, commit.attempt), commit.to_bytes())
         winner = self._find_commit(commit.unit)
         if winner is None:
-            raise CommitUnknownError(commit_name(commit.unit), "it was there and is gone")
+            raise CommitUnknownError(self._commit_name(commit.unit), "it was there and is gone")
         return winner
 
     def _find_commit(self, unit: str) -> Commit | None:
         if self._store.conditional:
             try:
-                return read_commit(self._store, commit_name(unit), self.plan)
+                return read_commit(self._store, self._commit_name(unit), self.plan)
             except FileNotFoundError:
                 return None
         names = winning_names(
@@ -194,6 +233,11 @@ def create_archive(
         raise PlanConflictError(store.uri, plan.plan_id, found.plan_id)
     write_codec_files(store, plan.codec_id, codec_files)
     return ArchiveWriter(store, plan, options)
+
+
+def _clocks() -> tuple[float, float]:
+    """Two clocks: one may stand still while a machine sleeps, the other may be set."""
+    return time.monotonic(), time.time()
 
 
 def _put_once(store: Store, name: str, data: bytes) -> bool:

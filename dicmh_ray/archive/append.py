@@ -1,0 +1,123 @@
+"""Add a job to a finished archive: other sources, the same codec, one more version.
+
+The job has a plan of its own beside ``plan.json``. Any number of them may run at once; each is
+published when it is complete, on top of whatever the newest version is by then.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dicmh_ray.archive.codec_files import write_codec_files
+from dicmh_ray.archive.commit import Commit
+from dicmh_ray.archive.later import LaterWriter, open_for_later, put_plan
+from dicmh_ray.archive.manifest import Manifest, next_manifest
+from dicmh_ray.archive.part import PartOptions
+from dicmh_ray.archive.plan import Plan, later_plan_name
+from dicmh_ray.archive.sealed import canonical_json
+from dicmh_ray.archive.snapshot import Snapshot
+from dicmh_ray.archive.store import Store
+from dicmh_ray.archive.versions import OPERATION_FIELD, read_later_plan, read_plan
+from dicmh_ray.archive.writer import ArchiveWriter, create_archive
+from dicmh_ray.errors import AppendError, CorruptObjectError
+
+_NOT_IDENTITY = frozenset({"name", "key_prefix"})
+
+
+class AppendWriter(LaterWriter):
+    """One writer of an appended job."""
+
+    def derive(self, newest: Manifest, commits: Mapping[str, Commit]) -> Manifest:
+        """The newest version's rows, then this job's; source objects that are there stay out."""
+        present = {
+            unit_identity(unit)
+            for plan in published_plans(self._store, newest)
+            for unit in plan.units
+        }
+        units = {str(unit["name"]): unit for unit in self.plan.units}
+        added = {
+            name: commit
+            for name, commit in commits.items()
+            if unit_identity(units[commit.unit]) not in present
+        }
+        return next_manifest(newest, "append", self.plan.plan_id, {**newest.commits, **added})
+
+
+def append_to_archive(
+    uri: str,
+    *,
+    plan: Plan,
+    codec_files: Mapping[str, bytes],
+    storage_options: Mapping[str, Any] | None = None,
+    options: PartOptions | None = None,
+) -> ArchiveWriter:
+    """Start a job that adds rows to a finished archive, or continue it with an equal plan.
+
+    With the plan the archive was begun with, this is :func:`create_archive`: nothing is added.
+
+    Args:
+        uri: address of the archive.
+        plan: what is to be added.
+        codec_files: the checkpoint's files by relative name; companions that the archive lacks
+            are stored with the others only in a new archive.
+        storage_options: for the fsspec file system; written nowhere.
+        options: sizes of parts and row groups.
+
+    Raises:
+        ArchiveNotFoundError: there is no archive.
+        AppendError: it is unfinished, was written with another codec, or its store ignores
+            conditional puts.
+        ValueError: the plan is that of a compaction.
+    """
+    if OPERATION_FIELD in plan.parameters:
+        raise ValueError(f"the parameter {OPERATION_FIELD!r} is not for appends")
+    store, newest = open_for_later(uri, storage_options)
+    if plan.plan_id == newest.plan_id:
+        return create_archive(
+            uri,
+            plan=plan,
+            codec_files=codec_files,
+            storage_options=storage_options,
+            options=options,
+        )
+    if plan.codec_id != newest.codec_id:
+        raise AppendError(
+            store.uri,
+            f"it was written with codec {newest.codec_id[:16]}, this job has "
+            f"{plan.codec_id[:16]}; an archive has one codec",
+        )
+    write_codec_files(store, plan.codec_id, codec_files)
+    put_plan(store, plan)
+    return AppendWriter(store, plan, options)
+
+
+def unit_identity(unit: Mapping[str, Any]) -> bytes:
+    """What a unit reads: equal for two units that read the same bytes of the same objects."""
+    return canonical_json({key: unit[key] for key in unit if key not in _NOT_IDENTITY})
+
+
+def published_units(snapshot: Snapshot) -> list[Mapping[str, Any]]:
+    """The units of every job in a snapshot of a finished archive, as they were planned.
+
+    Raises:
+        AppendError: the archive is unfinished.
+        CorruptObjectError: a plan is missing or damaged.
+    """
+    if snapshot.manifest is None:
+        raise AppendError(snapshot.uri, "its first job is unfinished; finish that one first")
+    plans = published_plans(snapshot.store, snapshot.manifest)
+    return [unit for plan in plans for unit in plan.units]
+
+
+def published_plans(store: Store, manifest: Manifest) -> Iterable[Plan]:
+    """The plans whose rows a version has; not those of compactions.
+
+    Raises:
+        CorruptObjectError: a plan is missing or damaged.
+    """
+    yield read_plan(store)
+    for version in manifest.history:
+        if version.operation == "append":
+            try:
+                yield read_later_plan(store, version.plan_id)
+            except FileNotFoundError as exc:
+                raise CorruptObjectError(later_plan_name(version.plan_id), "is missing") from exc
