@@ -51,6 +51,7 @@ LAZY = {
     ("cli/__init__.py", "dicmh_ray.cli.kubernetes"): "the same",
     ("cli/__init__.py", "dicmh_ray.cli.output"): "the same",
     ("cli/__init__.py", "dicmh_ray.cli.measuring"): "the help must not wait for bodies of commands",
+    ("cli/__init__.py", "dicmh_ray.cli.official"): "the same, and torch",
     ("cli/__init__.py", "dicmh_ray.cli.reading"): "the same",
     ("cli/__init__.py", "dicmh_ray.cli.tagger_options"): "the same",
     ("cli/__init__.py", "dicmh_ray.cli.tagging"): "the same, and torch",

@@ -772,6 +772,102 @@ def convert(
     )
 
 
+@app.command("import-official")
+def import_official(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE", help="Files of the official program, folders of them."),
+    ],
+    archive: ArchiveArgument,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="DIR", help="The weights they were written with, converted.")
+    ],
+    sizes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV", exists=True, dir_okay=False, help="Columns `file`, `width`, `height`."
+        ),
+    ] = None,
+    padded: Annotated[
+        bool, typer.Option("--padded", help="Take the padded size for the picture's.")
+    ] = False,
+    keep_original: Annotated[
+        bool, typer.Option("--keep-original", help="Keep the bytes of the files, too.")
+    ] = False,
+    device: DeviceOption = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    failure_budget: Annotated[
+        str,
+        typer.Option(metavar="N|SHARE", help="Failed files tolerated: 100, or 0.05 for 5 %."),
+    ] = "0.1",
+    storage_option: StorageOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look at the files alone; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an archive of files of the official Diff-ICMH program; the same command goes on.
+
+    The files hold no picture size. A file that cannot be read becomes a row that says why.
+
+    Examples:
+
+        dicmh import-official bitstreams/ archive/ --checkpoint diff-icmh/ --sizes sizes.csv
+
+        dicmh import-official bitstreams/ archive/ --checkpoint diff-icmh/ --padded --dry-run
+    """
+    from dicmh_ray.cli.official import ImportArguments, run_import_official
+
+    run_import_official(
+        ImportArguments(
+            sources=sources,
+            archive=archive,
+            checkpoint=checkpoint,
+            sizes=sizes,
+            padded=padded,
+            keep_original=keep_original,
+            device=device,
+            threads=threads,
+            failure_budget=failure_budget,
+            storage_options=storage_option or [],
+        ),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command("export-official")
+def export_official(
+    archive: ArchiveArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the files; is created.")
+    ],
+    where: Annotated[str | None, typer.Option(help="Only the images a filter selects.")] = None,
+    sizes: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="Write the sizes there: the files do not hold them."),
+    ] = None,
+    device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
+) -> None:
+    """Write streams as files of the official Diff-ICMH program; a line for each: key, tab, file.
+
+    Example:
+
+        dicmh export-official archive/ -o bitstreams/ --where "'dog' in tags" --sizes sizes.csv
+    """
+    from dicmh_ray.cli.official import run_export_official
+
+    run_export_official(
+        archive,
+        storage_option or [],
+        where=where,
+        output=output,
+        sizes=sizes,
+        device=device,
+    )
+
+
 @k8s_app.callback()
 def k8s() -> None:
     """Keep ``render`` a command of its own name."""

@@ -50,7 +50,7 @@ def run_info(archive: str, storage: Sequence[str], *, as_json: bool) -> None:
     for commit in snapshot.commits:
         causes.update(commit.info.get("causes", {}))
         psnr_sum += commit.info.get("psnr_sum", 0.0)
-    mean_psnr = psnr_sum / statistics.ok if statistics.ok else None
+    mean_psnr = psnr_sum / statistics.ok if statistics.ok and psnr_sum else None
     if as_json:
         print_json(
             {

@@ -63,7 +63,7 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
         policy = EncodePolicy(**arguments.policy)
         source_options = arguments.source_options()
         ray_options = RayOptions(address=arguments.ray_address, workers=arguments.workers)
-        budget = _budget(arguments.failure_budget)
+        budget = failure_budget(arguments.failure_budget)
     with told_in_one_line():
         tagger = arguments.tagger.spec(arguments.checkpoint) if arguments.tagger else None
     if dry_run:
@@ -93,14 +93,14 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
                 )
         except BaseException:
             if display.last is not None:
-                _print_report(display.last, as_json=as_json)
+                print_report(display.last, as_json=as_json)
                 if display.last.manifest is None:
                     tell("what is committed stays; the same command goes on from there")
             raise
-    _print_report(report, as_json=as_json)
+    print_report(report, as_json=as_json)
 
 
-def _budget(text: str) -> float:
+def failure_budget(text: str) -> float:
     """A whole number is a count of images, anything else a share."""
     try:
         budget: float = int(text) if text.isdigit() else float(text)
@@ -137,7 +137,8 @@ def _print_plan(
     say(f"{len(units)} units, {bytes_text(total)}; {committed} are committed already")
 
 
-def _print_report(report: JobReport, *, as_json: bool) -> None:
+def print_report(report: JobReport, *, as_json: bool) -> None:
+    """Print what a job came to."""
     if as_json:
         print_json(report.to_dict())
         return

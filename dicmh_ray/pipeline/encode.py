@@ -48,13 +48,17 @@ ENCODE_FAILED = "encode-failed"
 TAG_FAILED = "tag-failed"
 CRASH = "crash"
 DAMAGED_SOURCE = "damaged-source"
+WRONG_SIZE = "wrong-size"
+UNDECODABLE = "undecodable"
 BELOW_FLOOR = "below-floor"
 LARGER_THAN_SOURCE = "larger-than-source"
 
 MAX_REASON_CHARS = 500
 """Of ``error``: some libraries put whole tensors into their messages."""
 
-FAILURE_CAUSES = frozenset({UNREADABLE, ENCODE_FAILED, TAG_FAILED, CRASH, DAMAGED_SOURCE})
+FAILURE_CAUSES = frozenset(
+    {UNREADABLE, ENCODE_FAILED, TAG_FAILED, CRASH, DAMAGED_SOURCE, WRONG_SIZE, UNDECODABLE}
+)
 """Causes that count against a job's failure budget, whether the original bytes were kept or not.
 The other causes are decisions of the policy, not failures."""
 

@@ -228,8 +228,8 @@ class JobReport:
 
     @property
     def mean_psnr(self) -> float | None:
-        """Mean over the ``ok`` rows, dB."""
-        return self.tally.psnr_sum / self.tally.ok if self.tally.ok else None
+        """Mean over the ``ok`` rows, dB; None where none was measured: imported streams."""
+        return self.tally.psnr_sum / self.tally.ok if self.tally.psnr_sum else None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as flat JSON."""
@@ -310,14 +310,7 @@ class Job:
             # The commit is written after its last row: what it says of them is known by then.
             info.update(causes=dict(sorted(causes.items())), psnr_sum=psnr_sum)
 
-        rows = encode_images(
-            self.read(unit),
-            codec,
-            self.policy,
-            options=self.encode_options,
-            quarantine=quarantine,
-            tagger=tagger,
-        )
+        rows = self.rows(unit, codec, tagger=tagger, quarantine=quarantine)
         commit = self.writer.commit_unit(unit.name, watched(rows), info=info)
         return UnitResult(
             unit=unit.name,
@@ -325,6 +318,24 @@ class Job:
             seconds=time.perf_counter() - started,
             cpu_seconds=time.process_time() - cpu_started,
             worker=worker,
+        )
+
+    def rows(
+        self,
+        unit: Unit,
+        codec: ImageCodec,
+        *,
+        tagger: ImageTagger | None = None,
+        quarantine: Collection[int] = (),
+    ) -> Iterator[EncodedImage]:
+        """The unit's rows: what another kind of job makes in another way. See :meth:`run_unit`."""
+        return encode_images(
+            self.read(unit),
+            codec,
+            self.policy,
+            options=self.encode_options,
+            quarantine=quarantine,
+            tagger=tagger,
         )
 
     def read(self, unit: Unit) -> Iterator[SourceImage]:
@@ -510,6 +521,35 @@ def plan_job(
         codec_id=checkpoint.codec_id,
         parameters=parameters,
     )
+    writer, todo, report = open_job(
+        archive, plan, checkpoint, units, resume=resume, storage_options=storage_options
+    )
+    job = Job(
+        writer=writer,
+        checkpoint=checkpoint,
+        policy=policy,
+        source_options=source_options,
+        encode_options=encode_options or EncodeOptions(),
+        tagger=tagger,
+    )
+    return job, todo, report
+
+
+def open_job(
+    archive: str,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    units: Sequence[Unit],
+    *,
+    resume: bool,
+    storage_options: Mapping[str, Any] | None,
+) -> tuple[ArchiveWriter, list[Unit], JobReport]:
+    """Create or reopen the archive of a plan: its writer, the units without a commit, a report.
+
+    Raises:
+        PlanConflictError: the archive was begun with another plan.
+        JobError: ``resume`` is False and the archive has commits.
+    """
     writer = create_archive(
         archive, plan=plan, codec_files=checkpoint.files, storage_options=storage_options
     )
@@ -520,14 +560,6 @@ def plan_job(
             "resume it, or choose another address"
         )
     todo = [unit for unit in units if unit.name not in committed]
-    job = Job(
-        writer=writer,
-        checkpoint=checkpoint,
-        policy=policy,
-        source_options=source_options,
-        encode_options=encode_options or EncodeOptions(),
-        tagger=tagger,
-    )
     report = JobReport(
         archive=archive,
         runtime="",
@@ -536,7 +568,7 @@ def plan_job(
         units_resumed=len(units) - len(todo),
         source_bytes_total=sum(unit.num_bytes for unit in todo),
     )
-    return job, todo, report
+    return writer, todo, report
 
 
 def compress_local(job: Job, units: Sequence[Unit], monitor: JobMonitor) -> JobReport:

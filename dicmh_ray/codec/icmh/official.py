@@ -17,6 +17,7 @@ starts leaves a sound file without tags; only a caller who knows that there were
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -84,6 +85,17 @@ class OfficialStream:
         wanted = (-(-height // PIXELS_PER_Z), -(-width // PIXELS_PER_Z))
         if self.z_shape != wanted:
             raise InvalidHeaderError("z shape", self.z_shape, f"{wanted} for {width}x{height}")
+
+
+@runtime_checkable
+class OfficialTranscoder(Protocol):
+    """What a codec of official weights does besides :class:`~dicmh_ray.codec.ImageCodec`."""
+
+    def import_official(self, stream: OfficialStream, *, width: int, height: int) -> bytes:
+        """Our stream of the picture, of so many pixels, that an official file holds."""
+
+    def export_official(self, data: bytes) -> bytes:
+        """The official file of one of our streams."""
 
 
 def parse_official(data: bytes, *, has_tags: bool | None = None) -> OfficialStream:

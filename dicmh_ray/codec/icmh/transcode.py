@@ -2,13 +2,13 @@
 
 An official file decodes in floating point to y and z; our exact model codes the same symbols again
 around its own means. So a picture of the official program becomes one of this package without being
-decoded to pixels. A decoded latent is the middle of its symbol's interval, so the symbols are the
-same unless the two means lie over half a step apart; what changes is the latents, by the difference
-of the means.
+decoded to pixels. What changes is the latents: by the difference of the two means (fixed-point steps,
+more at the edges of the tiles that large pictures are cut into), and by half a symbol's step at most.
 
 The direction back goes through floating point as well, and the file decodes in the official program
-where scales come out as they did here. Where all symbols are those of the file and floating point is
-what it was, going there and back gives the strings of the file, byte by byte.
+where scales come out as they did here. A decoded latent is the middle of its symbol's interval, and
+half a step does not leave it: so there and back gives all symbols again, and the same strings where
+floating point is what it was when they were written. That holds for either beginning.
 
 The official tags are numbers of words; ours are words, and the two meet in the vocabulary of the
 checkpoint.
