@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from dicmh_ray.errors import ManifestError
 
-MAX_NAME = {"compress": 47, "verify": 47, "interactive": 48}
+MAX_NAME = {"compress": 47, "verify": 47, "interactive": 53}
 """KubeRay refuses longer ones: it appends to them what names pods and services."""
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z")

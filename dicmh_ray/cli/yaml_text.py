@@ -36,7 +36,7 @@ def yaml_documents(documents: Sequence[Mapping[str, Any]]) -> str:
         documents: mappings with string keys of mappings, sequences, strings, whole numbers, truth
             values and None; :class:`Noted` around any value of a mapping.
     """
-    return "---\n".join("".join(_mapping(document, "")) for document in documents)
+    return "---\n".join("".join(_mapping(document, "")) or "{}\n" for document in documents)
 
 
 def without_notes(value: Any) -> Any:
