@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 SMOOTHED = 5
-"""Lines of a log that a point is the mean of: batches differ more than the network does."""
+"""Lines of a long log that a point is the mean of: batches differ more than the network does."""
 
 
 ICMH_PANELS = {
@@ -34,10 +34,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def draw(axes: Axes, steps: list[int], values: list[float], **style: Any) -> None:
     """One smoothed curve."""
-    if len(values) < SMOOTHED:
-        return
-    smooth = np.convolve(values, np.full(SMOOTHED, 1 / SMOOTHED), "valid")
-    axes.plot(steps[SMOOTHED - 1 :], smooth, **style)
+    lines = min(SMOOTHED, 1 + len(values) // 10)
+    smooth = np.convolve(values, np.full(lines, 1 / lines), "valid")
+    axes.plot(steps[lines - 1 :], smooth, **style)
 
 
 def draw_layered(runs: list[Path]) -> Figure:
