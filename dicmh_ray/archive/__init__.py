@@ -9,6 +9,8 @@ Only commits and ``manifest/`` say what belongs to an archive; nothing trusts a 
 
 from dicmh_ray.archive.append import append_to_archive, published_units, unit_identity
 from dicmh_ray.archive.commit import Commit, PartFacts, UnitStatistics
+from dicmh_ray.archive.compact import CompactReport, compact_archive
+from dicmh_ray.archive.gc import GcOptions, GcReport, collect_garbage
 from dicmh_ray.archive.history import History, read_history
 from dicmh_ray.archive.manifest import Manifest
 from dicmh_ray.archive.part import PartOptions
@@ -26,7 +28,10 @@ __all__ = [
     "ArchiveStatistics",
     "ArchiveWriter",
     "Commit",
+    "CompactReport",
     "EncodedImage",
+    "GcOptions",
+    "GcReport",
     "History",
     "Manifest",
     "PartFacts",
@@ -38,6 +43,8 @@ __all__ = [
     "UnitStatistics",
     "VerifyReport",
     "append_to_archive",
+    "collect_garbage",
+    "compact_archive",
     "create_archive",
     "open_snapshot",
     "open_store",

@@ -106,6 +106,11 @@ class Manifest:
             hashed.update(f"{name} {hashlib.sha256(commit.to_bytes()).hexdigest()}\n".encode())
         return hashed.hexdigest()
 
+    @property
+    def sha256(self) -> str:
+        """Of the object's bytes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
     def has_published(self, plan_id: str) -> bool:
         """Whether this version, or one before it, made the plan's rows part of the archive."""
         return any(version.plan_id == plan_id for version in self.history)
@@ -209,9 +214,8 @@ def next_manifest(
     newest: Manifest, operation: Operation, plan_id: str, commits: Mapping[str, Commit]
 ) -> Manifest:
     """The version after ``newest``, that publishes a plan."""
-    parent_sha256 = hashlib.sha256(newest.to_bytes()).hexdigest()
     number = newest.version + 1
-    made = _version_of(number, operation, plan_id, parent_sha256, commits)
+    made = _version_of(number, operation, plan_id, newest.sha256, commits)
     return Manifest(
         version=number,
         plan_id=newest.plan_id,

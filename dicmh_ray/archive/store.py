@@ -233,6 +233,15 @@ class Store:
             self.delete(name)
         return time.time() if found is None or found == float("inf") else found
 
+    def leftovers(self, before: float) -> Sequence[StoredObject]:
+        """What puts that were killed left behind, before a time; no listing shows it."""
+        del before
+        return ()
+
+    def delete_leftover(self, leftover: StoredObject) -> None:
+        """Delete one of :meth:`leftovers`."""
+        raise FileNotFoundError(leftover.name)
+
     def size(self, name: str) -> int:
         """Length of an object in bytes.
 
@@ -287,6 +296,21 @@ class LocalStore(Store):
             found = start + len(data)
             raise CorruptObjectError(name, f"ends at byte {found}, wanted {start + length}")
         return data
+
+    def leftovers(self, before: float) -> Sequence[StoredObject]:
+        found = []
+        for path in sorted(Path(self._root).rglob(f"{_TEMPORARY}*")):
+            with contextlib.suppress(FileNotFoundError):  # its put went on meanwhile
+                facts = path.stat()
+                name = path.relative_to(self._root).as_posix()
+                found.append(StoredObject(name, facts.st_size, facts.st_mtime))
+        return [each for each in found if each.modified <= before]
+
+    def delete_leftover(self, leftover: StoredObject) -> None:
+        folder, _, name = f"{self._root}/{leftover.name}".rpartition("/")
+        if not name.startswith(_TEMPORARY):
+            raise FileNotFoundError(leftover.name)
+        Path(folder, name).unlink(missing_ok=True)
 
     def _create(self, path: str, data: bytes) -> None:
         temporary = self._write_temporary(Path(path), data)

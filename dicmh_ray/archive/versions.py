@@ -92,10 +92,16 @@ def newest_manifest(store: Store, plan: Plan | None) -> Manifest | None:
     Raises:
         CorruptObjectError: the manifest is damaged.
     """
-    versions = manifest_versions(store.list(MANIFEST_PREFIX))
-    if not versions:
-        return None
-    return read_manifest(store, versions[-1], plan)
+    last = 0
+    while versions := manifest_versions(store.list(MANIFEST_PREFIX)):
+        try:
+            return read_manifest(store, versions[-1], plan)
+        except VersionExpiredError:
+            # A newer one was published, and this one given up, since the listing.
+            if versions[-1] == last:
+                raise
+            last = versions[-1]
+    return None
 
 
 def publish(
