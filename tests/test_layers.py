@@ -50,6 +50,7 @@ LAZY = {
     ("cli/__init__.py", "dicmh_ray.cli.job_options"): "the help must not wait",
     ("cli/__init__.py", "dicmh_ray.cli.kubernetes"): "the same",
     ("cli/__init__.py", "dicmh_ray.cli.output"): "the same",
+    ("cli/__init__.py", "dicmh_ray.cli.maintaining"): "the same",
     ("cli/__init__.py", "dicmh_ray.cli.measuring"): "the help must not wait for bodies of commands",
     ("cli/__init__.py", "dicmh_ray.cli.official"): "the same, and torch",
     ("cli/__init__.py", "dicmh_ray.cli.reading"): "the same",

@@ -91,6 +91,10 @@ StorageOption = Annotated[
         help="For the fsspec file system of remote addresses, e.g. `anon=true`. Repeatable.",
     ),
 ]
+VersionOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="An older version; `dicmh history` lists them."),
+]
 DeviceOption = Annotated[str, typer.Option(help="Where the codec runs: cpu, cuda, cuda:1, auto.")]
 CheckpointOption = Annotated[str, typer.Option(help="Checkpoint: `default` or a directory.")]
 VocabularyOption = Annotated[
@@ -185,6 +189,10 @@ def compress(
     resume: Annotated[
         bool, typer.Option(help="Go on with an archive that has commits, or refuse it.")
     ] = True,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Add to a finished archive what it does not have yet."),
+    ] = False,
     failure_budget: Annotated[
         str,
         typer.Option(metavar="N|SHARE", help="Failed images tolerated: 100, or 0.05 for 5 %."),
@@ -209,6 +217,8 @@ def compress(
         dicmh compress data.parquet out/ --image-column image --target-bpp 0.5 --runtime local
 
         dicmh compress photos/ archive/ --tagger siglip:models/siglip --vocabulary words.txt
+
+        dicmh compress 'shards/*.tar' s3://bucket/archive --append
     """
     from dicmh_ray.cli.tagger_options import HEAD, TaggerArguments
     from dicmh_ray.cli.writing import CompressArguments, run_compress
@@ -244,6 +254,7 @@ def compress(
             workers=workers,
             ray_address=ray_address,
             resume=resume,
+            append=append,
             failure_budget=failure_budget,
             storage_options=storage_option or [],
             tagger=None
@@ -263,7 +274,10 @@ def compress(
 
 @app.command()
 def info(
-    archive: ArchiveArgument, as_json: JsonOption = False, storage_option: StorageOption = None
+    archive: ArchiveArgument,
+    version: VersionOption = None,
+    as_json: JsonOption = False,
+    storage_option: StorageOption = None,
 ) -> None:
     """Say what an archive holds, from its commits alone.
 
@@ -273,7 +287,96 @@ def info(
     """
     from dicmh_ray.cli.reading import run_info
 
-    run_info(archive, storage_option or [], as_json=as_json)
+    run_info(archive, storage_option or [], version=version, as_json=as_json)
+
+
+@app.command()
+def history(
+    archive: ArchiveArgument, as_json: JsonOption = False, storage_option: StorageOption = None
+) -> None:
+    """List the versions of an archive, and the jobs that may become the next one.
+
+    Example:
+
+        dicmh history archive/
+    """
+    from dicmh_ray.cli.maintaining import run_history
+
+    run_history(archive, storage_option or [], as_json=as_json)
+
+
+@app.command()
+def compact(
+    archive: ArchiveArgument,
+    target_mb: Annotated[
+        float, typer.Option(min=0.001, help="Size of a part to aim for, MiB.")
+    ] = 256,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Rewrite many small parts into few large ones, as a new version; no image is encoded again.
+
+    The old parts stay for the older versions until `dicmh gc`.
+
+    Example:
+
+        dicmh compact archive/ --dry-run
+    """
+    from dicmh_ray.cli.maintaining import run_compact
+
+    run_compact(
+        archive,
+        storage_option or [],
+        target_bytes=round(target_mb * 2**20),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def gc(
+    archive: ArchiveArgument,
+    keep_versions: Annotated[
+        int, typer.Option(min=1, help="Keep so many of the newest versions,")
+    ] = 10,
+    keep_days: Annotated[
+        float, typer.Option(min=0, help="and those that are younger than this.")
+    ] = 7,
+    grace_hours: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Spare strays so long: a running job may need them. Below 12 only when idle.",
+        ),
+    ] = 24,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be deleted; delete nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Give up old versions, and delete what no version and no running job needs.
+
+    Examples:
+
+        dicmh gc archive/ --dry-run
+
+        dicmh gc archive/ --keep-versions 1 --keep-days 0
+    """
+    from dicmh_ray.cli.maintaining import run_gc
+
+    run_gc(
+        archive,
+        storage_option or [],
+        keep_versions=keep_versions,
+        keep_s=keep_days * 86_400,
+        grace_s=grace_hours * 3600,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -326,6 +429,7 @@ def decode(
         View, typer.Option(help="Faithful or generated picture, latent (npy), or source bytes.")
     ] = (View.MACHINE),
     format: Annotated[Format, typer.Option(help="Of pictures.")] = Format.PNG,
+    version: VersionOption = None,
     device: DeviceOption = "auto",
     storage_option: StorageOption = None,
 ) -> None:
@@ -344,6 +448,7 @@ def decode(
     run_decode(
         archive,
         storage_option or [],
+        version=version,
         keys=keys or [],
         where=where,
         output=output,
@@ -364,6 +469,7 @@ def ls(
         str, typer.Option(help="Comma-separated.")
     ] = "key,status,tier,tags,width,height,bpp,psnr,num_states,error",
     limit: Annotated[int, typer.Option(min=0, help="Rows at most; 0 is all.")] = 50,
+    version: VersionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     storage_option: StorageOption = None,
 ) -> None:
@@ -378,7 +484,15 @@ def ls(
     from dicmh_ray.cli.reading import run_ls
 
     names = [name.strip() for name in columns.split(",") if name.strip()]
-    run_ls(archive, storage_option or [], where=where, columns=names, limit=limit, as_json=as_json)
+    run_ls(
+        archive,
+        storage_option or [],
+        version=version,
+        where=where,
+        columns=names,
+        limit=limit,
+        as_json=as_json,
+    )
 
 
 @app.command()

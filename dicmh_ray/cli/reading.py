@@ -40,10 +40,13 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _MAX_STEM = 100
 
 
-def run_info(archive: str, storage: Sequence[str], *, as_json: bool) -> None:
+def run_info(
+    archive: str, storage: Sequence[str], *, version: int | None = None, as_json: bool
+) -> None:
     """Print what the commits say."""
     with told_in_one_line():
-        snapshot = open_snapshot(archive, storage_options=storage_options(storage, archive))
+        options = storage_options(storage, archive)
+        snapshot = open_snapshot(archive, version=version, storage_options=options)
     statistics = snapshot.statistics
     causes: Counter[str] = Counter()
     psnr_sum = 0.0
@@ -76,6 +79,7 @@ def run_info(archive: str, storage: Sequence[str], *, as_json: bool) -> None:
         *((cause, str(count)) for cause, count in sorted(causes.items())),
         ("codec", statistics.codec_id),
         ("plan", statistics.plan_id),
+        ("archive version", number_text(statistics.archive_version, "d")),
         ("written by", statistics.created_by),
     ]
     state = "complete" if snapshot.is_complete else "unfinished"
@@ -122,6 +126,7 @@ def run_ls(
     archive: str,
     storage: Sequence[str],
     *,
+    version: int | None = None,
     where: str | None,
     columns: Sequence[str],
     limit: int,
@@ -129,7 +134,8 @@ def run_ls(
 ) -> None:
     """Print rows."""
     with told_in_one_line():
-        reader = ArchiveReader.open(archive, storage_options=storage_options(storage, archive))
+        options = storage_options(storage, archive)
+        reader = ArchiveReader.open(archive, version=version, storage_options=options)
         blobs = sorted(set(columns) & set(BLOBS))
         if blobs:
             raise typer.BadParameter(f"{', '.join(blobs)}: use `dicmh decode` for blobs")
@@ -187,6 +193,7 @@ def run_decode(
     archive: str,
     storage: Sequence[str],
     *,
+    version: int | None = None,
     keys: Sequence[str],
     where: str | None,
     output: Path,
@@ -202,7 +209,7 @@ def run_decode(
     failures: list[str] = []
     with told_in_one_line():
         options = storage_options(storage, archive)
-        opened = open_archive(archive, device=device, storage_options=options)
+        opened = open_archive(archive, version=version, device=device, storage_options=options)
         output.mkdir(parents=True, exist_ok=True)
         names = FileNames()
         for image in _selected(opened, keys, where, failures):

@@ -1,5 +1,6 @@
 """Body of ``dicmh compress``."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from dicmh_ray.cli.tagger_options import TaggerArguments
 from dicmh_ray.errors import ArchiveNotFoundError
 from dicmh_ray.pipeline import EncodeOptions, EncodePolicy, JobReport
 from dicmh_ray.pipeline.encode import FAILURE_CAUSES
+from dicmh_ray.pipeline.job import plan_append
 from dicmh_ray.ray_plugin import RayOptions, compress
 from dicmh_ray.source import SourceOptions, plan_units
 
@@ -49,6 +51,7 @@ class CompressArguments:
     failure_budget: str
     storage_options: Sequence[str]
     tagger: TaggerArguments | None = None
+    append: bool = False
 
     def source_options(self) -> SourceOptions:
         """How sources are read."""
@@ -81,6 +84,7 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
                     policy=policy,
                     runtime=arguments.runtime,
                     resume=arguments.resume,
+                    append=arguments.append,
                     failure_budget=budget,
                     progress=display,
                     source_options=source_options,
@@ -114,12 +118,15 @@ def failure_budget(text: str) -> float:
 def _print_plan(
     arguments: CompressArguments, source_options: SourceOptions, *, as_json: bool
 ) -> None:
-    units = plan_units(arguments.sources, options=source_options)
     remote = storage_options(arguments.storage_options, arguments.archive)
-    try:
-        committed = len(open_snapshot(arguments.archive, storage_options=remote).commits)
-    except ArchiveNotFoundError:
-        committed = 0
+    committed = 0
+    if arguments.append:
+        base = open_snapshot(arguments.archive, storage_options=remote)
+        units = plan_append(arguments.sources, base, source_options)
+    else:
+        units = plan_units(arguments.sources, options=source_options)
+        with contextlib.suppress(ArchiveNotFoundError):
+            committed = len(open_snapshot(arguments.archive, storage_options=remote).commits)
     total = sum(unit.num_bytes for unit in units)
     if as_json:
         listed = [asdict(unit) for unit in units]
@@ -159,5 +166,7 @@ def print_report(report: JobReport, *, as_json: bool) -> None:
         facts.append((cause, f"{count}{' (failure)' if cause in FAILURE_CAUSES else ''}"))
     if report.units_failed:
         facts.append(("units given up", ", ".join(report.units_failed[:10])))
+    if report.manifest is not None:
+        facts.append(("archive version", str(report.manifest)))
     title = f"{report.archive} ({'complete' if report.manifest else 'unfinished'})"
     print_facts(title, facts)

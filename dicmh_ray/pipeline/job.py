@@ -23,7 +23,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dicmh_ray.archive import ArchiveWriter, Commit, EncodedImage, Plan, create_archive
+from dicmh_ray.archive import (
+    ArchiveWriter,
+    Commit,
+    EncodedImage,
+    Plan,
+    Snapshot,
+    append_to_archive,
+    create_archive,
+    open_snapshot,
+    published_units,
+    unit_identity,
+)
 from dicmh_ray.codec import (
     DEFAULT_CHECKPOINT,
     ImageCodec,
@@ -480,6 +491,7 @@ def plan_job(
     encode_options: EncodeOptions | None = None,
     tagger: TaggerSpec | None = None,
     resume: bool = True,
+    append: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Job, list[Unit], JobReport]:
     """Plan the units, create or reopen the archive, and find what is left to do.
@@ -493,6 +505,8 @@ def plan_job(
         encode_options: device, threads, batches; not part of the plan.
         tagger: says what pictures show, besides their own tags; part of the plan.
         resume: go on with an archive that has commits; False refuses it.
+        append: add to a finished archive what it does not have yet, as its next version. The
+            package's default codec then stands for the archive's own.
         storage_options: for the archive's store. Never written anywhere.
 
     Returns:
@@ -501,14 +515,22 @@ def plan_job(
     Raises:
         SourceNotFoundError: a source names nothing.
         PlanConflictError: the archive was begun with other sources, codec or policy.
+        ArchiveNotFoundError: ``append``, and there is no archive.
+        AppendError: ``append``, and the archive is unfinished or was written with another codec.
         JobError: ``resume`` is False and the archive has commits.
         WeightsError: the checkpoint is missing or incomplete, or should suggest tags and cannot.
         TaggerError: the tagger is not there.
     """
     policy = policy or EncodePolicy()
     source_options = source_options or SourceOptions()
+    base = open_snapshot(archive, storage_options=storage_options) if append else None
     checkpoint = Checkpoint.open(codec)
-    units = plan_units(sources, options=source_options)
+    if base is None:
+        units = plan_units(sources, options=source_options)
+    else:
+        units = plan_append(sources, base, source_options)
+        if codec == DEFAULT_CHECKPOINT and checkpoint.codec_id != base.codec_id:
+            checkpoint = Checkpoint(codec_id=base.codec_id, files=base.codec_files())
     parameters: dict[str, Any] = {"policy": policy.to_dict(), "source": source_options.to_dict()}
     if policy.suggest_tags and checkpoint.factory is None:
         # The codec_id does not cover the tagger, but rows depend on it.
@@ -522,7 +544,7 @@ def plan_job(
         parameters=parameters,
     )
     writer, todo, report = open_job(
-        archive, plan, checkpoint, units, resume=resume, storage_options=storage_options
+        archive, plan, checkpoint, units, resume=resume, base=base, storage_options=storage_options
     )
     job = Job(
         writer=writer,
@@ -535,6 +557,24 @@ def plan_job(
     return job, todo, report
 
 
+def plan_append(sources: Sequence[str], base: Snapshot, options: SourceOptions) -> list[Unit]:
+    """The units of what ``sources`` name and an archive does not have yet.
+
+    A tar or Parquet file that was changed since is new. An image file is known by its address: its
+    address is its key, and a key does not change its picture.
+
+    Raises:
+        AppendError: the archive is unfinished.
+    """
+    known = published_units(base)
+    files = {
+        uri for unit in known if unit.get("kind") == "files" for uri in Unit.from_dict(unit).uri
+    }
+    present = {unit_identity(unit) for unit in known}
+    units = plan_units(sources, options=options, known_files=files)
+    return [unit for unit in units if unit_identity(unit.to_dict()) not in present]
+
+
 def open_job(
     archive: str,
     plan: Plan,
@@ -542,18 +582,26 @@ def open_job(
     units: Sequence[Unit],
     *,
     resume: bool,
+    base: Snapshot | None = None,
     storage_options: Mapping[str, Any] | None,
 ) -> tuple[ArchiveWriter, list[Unit], JobReport]:
     """Create or reopen the archive of a plan: its writer, the units without a commit, a report.
 
+    With ``base``, the plan is added to that archive; one without units adds no version.
+
     Raises:
         PlanConflictError: the archive was begun with another plan.
+        AppendError: the archive takes no such job.
         JobError: ``resume`` is False and the archive has commits.
     """
-    writer = create_archive(
-        archive, plan=plan, codec_files=checkpoint.files, storage_options=storage_options
-    )
-    committed = writer.committed_units()
+    if base is not None and not units:
+        writer = ArchiveWriter(base.store, base.plan)
+    else:
+        start = create_archive if base is None else append_to_archive
+        writer = start(
+            archive, plan=plan, codec_files=checkpoint.files, storage_options=storage_options
+        )
+    committed = writer.committed_units() & {unit.name for unit in units}
     if committed and not resume:
         raise JobError(
             f"{archive} already holds {len(committed)} of {len(units)} units: "

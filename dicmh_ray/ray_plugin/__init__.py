@@ -35,6 +35,7 @@ def compress(
     policy: EncodePolicy | None = None,
     runtime: Runtime = "ray",
     resume: bool = True,
+    append: bool = False,
     failure_budget: float = 0.1,
     progress: Progress | None = None,
     source_options: SourceOptions | None = None,
@@ -56,6 +57,7 @@ def compress(
         policy: how many states, which quality floor, what happens to originals.
         runtime: ``ray`` for actors on every GPU or CPU, ``local`` for a loop in this process.
         resume: False refuses an archive that already has commits.
+        append: add what a finished archive does not have yet, as its next version.
         failure_budget: failed images that are tolerated: a whole number counts them, a float is
             their share. Kept originals of sound images (below the floor, alpha, ...) do not count.
         progress: called with the live report, at most a few times a second.
@@ -83,6 +85,7 @@ def compress(
         encode_options=encode_options,
         tagger=tagger,
         resume=resume,
+        append=append,
         storage_options=storage_options,
     )
     monitor = JobMonitor(report, failure_budget=failure_budget, progress=progress)

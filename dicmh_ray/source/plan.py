@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -108,13 +108,19 @@ class Unit:
         )
 
 
-def plan_units(sources: Sequence[str], *, options: SourceOptions | None = None) -> list[Unit]:
+def plan_units(
+    sources: Sequence[str],
+    *,
+    options: SourceOptions | None = None,
+    known_files: Collection[str] = (),
+) -> list[Unit]:
     """Find everything ``sources`` name and cut it into units; the same answer every time.
 
     Args:
         sources: paths or fsspec URLs of tars (``.tar``, ``.tar.gz``, ``.tgz``), Parquet files,
             images and folders; braces and globs are expanded (:mod:`dicmh_ray.source.expand`).
         options: the same object later goes to :func:`read_unit`.
+        known_files: URIs of image files that are left out; the keys of the others are as with them.
 
     Returns:
         Units in the order of the arguments; inside one argument, of sorted paths. Image files
@@ -132,14 +138,14 @@ def plan_units(sources: Sequence[str], *, options: SourceOptions | None = None) 
     prefixes = _container_prefixes(found, options)
     root = _shared_folder([item.root for item in found])
     units: list[Unit] = []
-    files = [item for item in found if item.kind == "file"]
+    files = [item for item in found if item.kind == "file" and item.uri not in known_files]
     row_groups = _row_groups([item.uri for item in found if item.kind == "parquet"], found, options)
     for item in found:
         if item.kind == "tar":
             units.append(_whole(item, "tar", prefixes[item.uri]))
         elif item.kind == "parquet":
             units += _parquet_units(item, row_groups.get(item.uri), prefixes[item.uri])
-        elif item is files[0]:
+        elif files and item is files[0]:
             units += _file_units(files, root, options)
     return [dataclasses.replace(unit, name=f"{i:06d}") for i, unit in enumerate(units)]
 
