@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from dicmh_ray.codec.icmh.config import IcmhConfig
 from dicmh_ray.codec.icmh.control import ControlledUNet, RestorerOptions, apply_options
 from dicmh_ray.codec.icmh.key_seeded import key_seeded
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
-from dicmh_ray.codec.icmh.official_keys import OFFICIAL_PREFIXES, to_official, to_ours
+from dicmh_ray.codec.icmh.official_keys import OFFICIAL_PREFIXES, Part, to_official, to_ours
 from dicmh_ray.codec.icmh.parts import Parts, load_human_parts, load_machine_parts
 from dicmh_ray.codec.icmh.vae import Vae
 
@@ -50,11 +51,12 @@ def seeded_full_width() -> Parts:
         vae = Vae(config.vae)
         restorer = ControlledUNet(config.restorer, config.latent_coder.latent_channels)
         coder = LatentCoder(config.latent_coder)
-    for part, module in (
-        ("vae", vae.network),
-        ("unet", restorer.unet),
-        ("control", restorer.control),
-    ):
+    seeded_parts: dict[Part, nn.Module] = {
+        "vae": vae.network,
+        "unet": restorer.unet,
+        "control": restorer.control,
+    }
+    for part, module in seeded_parts.items():
         shapes = to_official(part, module.state_dict())
         prefix = OFFICIAL_PREFIXES[part]
         seeded = {name: _value(prefix + name, meta) for name, meta in shapes.items()}
@@ -82,14 +84,16 @@ def measure(parts: Parts, rounds: int) -> list[Cost]:
     costs = []
 
     def step(name: str, call: Callable[[], Any], scale: float = 1.0) -> Any:
-        with FlopCounterMode(display=False) as counter:
-            result = call()
         taken = []
-        for _ in range(rounds):
+        for number in range(rounds):
+            counting = FlopCounterMode(display=False) if not number else nullcontext()
             started = time.perf_counter()
-            call()
+            with counting:
+                result = call()
             taken.append(time.perf_counter() - started)
-        costs.append(Cost(name, scale * counter.get_total_flops() / 1e12, scale * min(taken)))
+            if isinstance(counting, FlopCounterMode):
+                flop = counting.get_total_flops()
+        costs.append(Cost(name, scale * flop / 1e12, scale * min(taken)))
         return result
 
     with torch.inference_mode():
