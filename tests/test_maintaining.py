@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -135,6 +136,7 @@ def test_compact_and_gc_leave_one_part_and_one_version(run, archive, tmp_path):
     report = json.loads(run("compact", archive, "--json").stdout)
     assert (report["parts_before"], report["parts_after"], report["version"]) == (2, 1, 2)
     assert "nothing to compact" in run("compact", archive).stdout
+    assert pq.read_table(archive / "data", columns=["key"]).num_rows == 2 * 4, "old and new"
     shown = run("gc", archive).stdout
     assert "deleted            0 objects" in shown
     options = ("--keep-versions", 1, "--keep-days", 0, "--grace-hours", 0)
@@ -143,6 +145,7 @@ def test_compact_and_gc_leave_one_part_and_one_version(run, archive, tmp_path):
     report = json.loads(run("gc", archive, *options, "--json").stdout)
     assert (report["given_up"], report["kept_versions"]) == ([1], [2])
     assert len(report["deleted"]) == 6
+    assert pq.read_table(archive / "data", columns=["key"]).num_rows == 4
     assert sorted(before.splitlines()) == sorted(
         run("ls", archive, "--columns", "key,bpp,crc32c").stdout.splitlines()
     )

@@ -1,6 +1,7 @@
 """A job added to a finished archive: one more version, whoever else is at work."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -165,6 +166,14 @@ def test_the_archives_own_plan_continues_the_first_job(uri):
     assert not isinstance(job, AppendWriter)
     assert job.committed_units() == {"000000"}
     assert job.finalize().version == 1
+
+
+def test_a_writer_of_an_append_survives_pickle(uri):
+    begin(uri)
+    job = append_to_archive(uri, plan=later_plan("a.tar"), codec_files=CODEC_FILES)
+    job = pickle.loads(pickle.dumps(job))
+    job.commit_unit("000000", mixed_rows(10, 1))
+    assert pickle.loads(pickle.dumps(job)).finalize().version == 2
 
 
 def test_a_job_may_have_other_settings(uri):

@@ -427,6 +427,19 @@ def test_an_archive_opens_while_its_newest_version_is_replaced_and_given_up(uri,
         script.plan(0, None)
 
 
+def test_a_check_is_not_led_astray_by_a_collection_at_any_operation(uri, monkeypatch):
+    base = build(f"{uri}/base", units=2)
+    compact_archive(base)
+    script = schedules.scripted(monkeypatch)
+    total = schedules.operations_of(script, verify_archive, base)
+    for number in range(1, total + 1):
+        place = schedules.copy_archive(base, f"{uri}/{number}")
+        script.plan(number, lambda place=place: collect_garbage(place, options=NEWEST_ONLY))
+        report = verify_archive(place)
+        script.plan(0, None)
+        assert report.exit_code == 0, report.problems
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_everything_at_once_by_chance(uri, monkeypatch, seed):
     build(uri)
