@@ -1,0 +1,429 @@
+"""Commands that write, read and maintain archives.
+
+Each imports its body when it is called: the help must not wait for it.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dicmh_ray.cli.options import (
+    ArchiveArgument,
+    CheckpointOption,
+    DeviceOption,
+    JsonOption,
+    PromptOption,
+    StorageOption,
+    ThresholdOption,
+    TopKOption,
+    VocabularyOption,
+)
+from dicmh_ray.cli.program import app
+
+
+class Runtime(StrEnum):
+    """Where units run."""
+
+    RAY = "ray"
+    LOCAL = "local"
+
+
+class KeepOriginal(StrEnum):
+    """Which source bytes stay in the archive."""
+
+    NEVER = "never"
+    BELOW_FLOOR = "below-floor"
+    ALWAYS = "always"
+
+
+class View(StrEnum):
+    """What is written of an image."""
+
+    MACHINE = "machine"
+    HUMAN = "human"
+    LATENT = "latent"
+    ORIGINAL = "original"
+
+
+class Format(StrEnum):
+    """Of decoded pictures."""
+
+    PNG = "png"
+    JPG = "jpg"
+    NPY = "npy"
+
+
+VersionOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="An older version; `dicmh history` lists them."),
+]
+
+
+@app.command()
+def compress(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC",
+            help="Tars, Parquet files, folders, globs, {000..099}; any fsspec URL.",
+        ),
+    ],
+    archive: ArchiveArgument,
+    runtime: Annotated[Runtime, typer.Option(help="Ray actors, or a loop here.")] = Runtime.RAY,
+    states: Annotated[
+        int | None, typer.Option(min=1, help="Write exactly so many states of each image.")
+    ] = None,
+    target_bpp: Annotated[
+        float | None, typer.Option(help="Write the most states within so many bits per pixel.")
+    ] = None,
+    min_psnr: Annotated[float, typer.Option(help="Floor in dB, whole picture.")] = 30.0,
+    min_tile_psnr: Annotated[float, typer.Option(help="Floor in dB, worst 64x64 tile.")] = 24.0,
+    keep_original: Annotated[
+        KeepOriginal,
+        typer.Option(
+            help="Source bytes that stay: of no image, of those without a stream, of all."
+        ),
+    ] = KeepOriginal.BELOW_FLOOR,
+    base_states: Annotated[
+        int, typer.Option(min=1, help="States in the column that previews read.")
+    ] = 2,
+    tag_field: Annotated[
+        list[str] | None,
+        typer.Option(help="Metadata field whose values become tags: cls, json.labels. Repeatable."),
+    ] = None,
+    suggest_tags: Annotated[
+        bool,
+        typer.Option("--suggest-tags", help="Add tags that the checkpoint's tagger is sure of."),
+    ] = False,
+    tagger: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TAGGER", help="Add tags: clip:DIR, siglip:DIR, package.module:name or head."
+        ),
+    ] = None,
+    vocabulary: VocabularyOption = None,
+    threshold: ThresholdOption = None,
+    top_k: TopKOption = None,
+    prompt: PromptOption = None,
+    image_column: Annotated[str | None, typer.Option(help="Parquet: column of images.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Parquet: column of keys.")] = None,
+    checkpoint: CheckpointOption = "default",
+    device: DeviceOption = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of torch in each process.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray: actors. Default: one a GPU, else one a CPU.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray: a running cluster, e.g. `auto`.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an archive that has commits, or refuse it.")
+    ] = True,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Add to a finished archive what it does not have yet."),
+    ] = False,
+    failure_budget: Annotated[
+        str,
+        typer.Option(metavar="N|SHARE", help="Failed images tolerated: 100, or 0.05 for 5 %."),
+    ] = "0.1",
+    storage_option: StorageOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the units and totals; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a collection into an archive; the same command again goes on where it stopped.
+
+    By default each image gets the fewest states whose decode meets the quality floor. What cannot
+    be encoded, misses the floor or would grow keeps its original bytes: nothing is lost.
+
+    Examples:
+
+        dicmh compress photos/ archive/
+
+        dicmh compress 'shards/{000..099}.tar' s3://bucket/archive --tag-field cls
+
+        dicmh compress data.parquet out/ --image-column image --target-bpp 0.5 --runtime local
+
+        dicmh compress photos/ archive/ --tagger siglip:models/siglip --vocabulary words.txt
+
+        dicmh compress 'shards/*.tar' s3://bucket/archive --append
+    """
+    from dicmh_ray.cli.tagger_options import HEAD, TaggerArguments
+    from dicmh_ray.cli.writing import CompressArguments, run_compress
+
+    options = {"vocabulary": vocabulary, "threshold": threshold, "top_k": top_k}
+    if tagger in (None, HEAD) and (prompt or any(value is not None for value in options.values())):
+        raise typer.BadParameter(
+            "--vocabulary, --threshold, --top-k and --prompt go with --tagger clip:, siglip: or code"
+        )
+
+    run_compress(
+        CompressArguments(
+            sources=sources,
+            archive=archive,
+            runtime=runtime.value,
+            policy={
+                "states": states,
+                "target_bpp": target_bpp,
+                "min_psnr": min_psnr,
+                "min_worst_tile_psnr": min_tile_psnr,
+                "keep_original": keep_original.value,
+                "base_states": base_states,
+                "suggest_tags": suggest_tags or tagger == HEAD,
+            },
+            source={
+                "tag_fields": tag_field or (),
+                "image_column": image_column,
+                "key_column": key_column,
+            },
+            checkpoint=checkpoint,
+            device=device,
+            threads=threads,
+            workers=workers,
+            ray_address=ray_address,
+            resume=resume,
+            append=append,
+            failure_budget=failure_budget,
+            storage_options=storage_option or [],
+            tagger=None
+            if tagger is None
+            else TaggerArguments(
+                tagger=tagger,
+                vocabulary=vocabulary,
+                threshold=threshold,
+                top_k=top_k,
+                prompts=prompt or (),
+            ),
+        ),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def info(
+    archive: ArchiveArgument,
+    version: VersionOption = None,
+    as_json: JsonOption = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Say what an archive holds, from its commits alone.
+
+    Example:
+
+        dicmh info archive/ --json
+    """
+    from dicmh_ray.cli.reading import run_info
+
+    run_info(archive, storage_option or [], version=version, as_json=as_json)
+
+
+@app.command()
+def history(
+    archive: ArchiveArgument, as_json: JsonOption = False, storage_option: StorageOption = None
+) -> None:
+    """List the versions of an archive, and the jobs that may become the next one.
+
+    Example:
+
+        dicmh history archive/
+    """
+    from dicmh_ray.cli.maintaining import run_history
+
+    run_history(archive, storage_option or [], as_json=as_json)
+
+
+@app.command()
+def compact(
+    archive: ArchiveArgument,
+    target_mb: Annotated[
+        float, typer.Option(min=0.001, help="Size of a part to aim for, MiB.")
+    ] = 256,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Rewrite many small parts into few large ones, as a new version; no image is encoded again.
+
+    The old parts stay for the older versions until `dicmh gc`.
+
+    Example:
+
+        dicmh compact archive/ --dry-run
+    """
+    from dicmh_ray.cli.maintaining import run_compact
+
+    run_compact(
+        archive,
+        storage_option or [],
+        target_bytes=round(target_mb * 2**20),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def gc(
+    archive: ArchiveArgument,
+    keep_versions: Annotated[
+        int, typer.Option(min=1, help="Keep so many of the newest versions,")
+    ] = 10,
+    keep_days: Annotated[
+        float, typer.Option(min=0, help="and those that are younger than this.")
+    ] = 7,
+    grace_hours: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Spare strays so long: a running job may need them. Below 12 only when idle.",
+        ),
+    ] = 24,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be deleted; delete nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Give up old versions, and delete what no version and no running job needs.
+
+    Examples:
+
+        dicmh gc archive/ --dry-run
+
+        dicmh gc archive/ --keep-versions 1 --keep-days 0
+    """
+    from dicmh_ray.cli.maintaining import run_gc
+
+    run_gc(
+        archive,
+        storage_option or [],
+        keep_versions=keep_versions,
+        keep_s=keep_days * 86_400,
+        grace_s=grace_hours * 3600,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def verify(
+    archive: ArchiveArgument,
+    subset: Annotated[
+        str | None, typer.Option(metavar="N/T", help="Check every T-th unit from the N-th.")
+    ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every stream, too (slow).")
+    ] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Check every object and every row. Exit 0: sound, 1: damaged, 2: could not be checked.
+
+    Examples:
+
+        dicmh verify archive/
+
+        dicmh verify s3://bucket/archive --subset 1/30
+    """
+    from dicmh_ray.cli.reading import run_verify
+
+    run_verify(
+        archive,
+        storage_option or [],
+        subset=subset,
+        decode=decode,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def decode(
+    archive: ArchiveArgument,
+    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="Images.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the files; is created.")
+    ] = Path(),
+    where: Annotated[
+        str | None, typer.Option(help="Also the images a filter selects; `True` is all.")
+    ] = None,
+    states: Annotated[
+        int | None, typer.Option(min=1, help="Decode from the first states only, where there are.")
+    ] = None,
+    view: Annotated[
+        View, typer.Option(help="Faithful or generated picture, latent (npy), or source bytes.")
+    ] = (View.MACHINE),
+    format: Annotated[Format, typer.Option(help="Of pictures.")] = Format.PNG,
+    version: VersionOption = None,
+    device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
+) -> None:
+    """Decode images to files and print a line for each: key, tab, file.
+
+    Keys are data, never paths: file names are made safe and unique.
+
+    Examples:
+
+        dicmh decode archive/ 000-0004 000-0017 -o out/
+
+        dicmh decode archive/ --where "'dog' in tags" --states 2 --format jpg -o dogs/
+    """
+    from dicmh_ray.cli.reading import run_decode
+
+    run_decode(
+        archive,
+        storage_option or [],
+        version=version,
+        keys=keys or [],
+        where=where,
+        output=output,
+        states=states,
+        view=view.value,
+        format=format.value,
+        device=device,
+    )
+
+
+@app.command()
+def ls(
+    archive: ArchiveArgument,
+    where: Annotated[
+        str | None, typer.Option(help="Filter: \"'dog' in tags and width >= 512\".")
+    ] = None,
+    columns: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "key,status,tier,tags,width,height,bpp,psnr,num_states,error",
+    limit: Annotated[int, typer.Option(min=0, help="Rows at most; 0 is all.")] = 50,
+    version: VersionOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """List rows. Reads no blob.
+
+    Examples:
+
+        dicmh ls archive/ --where "status != 'ok'" --columns key,error
+
+        dicmh ls archive/ --where "metadata.cls == 3 and bpp < 0.5" --limit 0 --json
+    """
+    from dicmh_ray.cli.reading import run_ls
+
+    names = [name.strip() for name in columns.split(",") if name.strip()]
+    run_ls(
+        archive,
+        storage_option or [],
+        version=version,
+        where=where,
+        columns=names,
+        limit=limit,
+        as_json=as_json,
+    )
