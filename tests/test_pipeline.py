@@ -4,6 +4,8 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dicmh_ray.archive import open_snapshot
 from dicmh_ray.archive.schema import check_row
@@ -140,6 +142,63 @@ def test_a_target_rate_takes_the_most_states_below_it_and_at_least_one():
     assert encode_one(data, EncodePolicy(target_bpp=1e-6, **no_floor)).num_states == 1
 
 
+NO_FLOOR = {"min_psnr": 0.0, "min_worst_tile_psnr": 0.0}
+RATES = st.one_of(
+    st.just({}),
+    st.builds(lambda n: {"states": n}, st.integers(1, 4)),
+    st.builds(lambda bpp: {"target_bpp": bpp}, st.floats(0.01, 40)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 50),
+    step=st.sampled_from([1, 4, 16]),
+    max_bytes=st.integers(1, 3000),
+    rate=RATES,
+    floor=st.floats(0, 60),
+    keep=st.sampled_from(["never", "below-floor", "always"]),
+)
+def test_a_stream_is_within_max_bytes_unless_it_has_one_state(
+    seed, step, max_bytes, rate, floor, keep
+):
+    data = bmp(picture(seed, step=step))
+    options = {"min_psnr": floor, "min_worst_tile_psnr": 0.0, "keep_original": keep}
+    row = encode_one(data, EncodePolicy(max_bytes=max_bytes, **rate, **options))
+    free = encode_one(data, EncodePolicy(**rate, **(options | {"keep_original": "never"})))
+    if row.status != "ok":
+        assert row.error.startswith("below-floor: ")
+        assert row.original == data
+        return
+    length = len(row.base + row.detail)
+    assert length <= max_bytes or row.num_states == 1
+    assert row.num_states <= free.num_states
+    if row.num_states < free.num_states:
+        assert free.prefix_bytes[row.num_states] > max_bytes, "no state is left out without need"
+    assert row.tier == ("faithful" if row.psnr >= floor else "none")
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 50), step=st.sampled_from([1, 4, 16]), bpp=st.floats(0.01, 40))
+def test_a_stream_is_within_the_target_rate_unless_it_has_one_state(seed, step, bpp):
+    data = bmp(picture(seed, step=step))
+    row = encode_one(data, EncodePolicy(target_bpp=bpp, keep_original="never"))
+    whole = encode_one(data, EncodePolicy(states=3, keep_original="never"))
+    assert row.bpp <= bpp or row.num_states == 1
+    assert row.num_states == 3 or 8 * whole.prefix_bytes[row.num_states] > bpp * 24 * 32
+
+
+def test_max_bytes_comes_before_the_floor_and_the_floor_decides_what_is_kept():
+    data = bmp(picture(1, step=1))
+    ends = encode_one(data, EncodePolicy(states=3)).prefix_bytes
+    limited = EncodePolicy(max_bytes=ends[1])
+    assert encode_one(data, limited).error.startswith("below-floor: ")
+    assert encode_one(data, EncodePolicy(max_bytes=ends[1], **NO_FLOOR)).num_states == 1
+    assert encode_one(data, EncodePolicy(max_bytes=ends[1], states=3, **NO_FLOOR)).num_states == 2
+    row = encode_one(data, EncodePolicy(max_bytes=ends[0] - 1, states=3, **NO_FLOOR))
+    assert (row.num_states, row.status) == (1, "ok"), "a stream has at least one state"
+
+
 def test_an_image_below_the_floor_keeps_its_original_and_says_why():
     data = bmp(picture(1, step=1))
     row = encode_one(data, EncodePolicy(states=1))
@@ -218,6 +277,7 @@ def test_tags_and_metadata_travel_with_the_image():
         {"states": 1, "target_bpp": 1.0},
         {"states": 0},
         {"target_bpp": 0.0},
+        {"max_bytes": 0},
         {"base_states": 0},
         {"keep_original": "sometimes"},
     ],
@@ -232,6 +292,9 @@ def test_a_policy_survives_json_and_refuses_unknown_names():
     assert EncodePolicy.from_dict(policy.to_dict()) == policy
     with pytest.raises(ValueError, match="unknown"):
         EncodePolicy.from_dict({"state": 3})
+    assert "max_bytes" not in policy.to_dict(), "plans of before it existed stay the same plans"
+    policy = EncodePolicy(max_bytes=1000)
+    assert EncodePolicy.from_dict(policy.to_dict()) == policy
 
 
 def test_a_local_job_commits_every_image_once(tmp_path):

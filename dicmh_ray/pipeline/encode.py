@@ -67,10 +67,18 @@ The other causes are decisions of the policy, not failures."""
 class EncodePolicy:
     """How many states of each image are written, and what happens to its original bytes.
 
-    With neither ``states`` nor ``target_bpp`` the rate follows the picture: the fewest states whose
-    machine view meets the floor. With one of them the rate is the caller's choice, and the floor
-    is checked at that rate. In both cases a picture that misses the floor keeps its original bytes
-    instead of a stream, unless ``keep_original`` is ``"never"``.
+    Every picture is encoded once, to all its states; the policy cuts that stream. What is said
+    first wins:
+
+    1. ``max_bytes`` limits the states, whatever else is asked for.
+    2. ``states`` or ``target_bpp`` set the rate within that limit. With neither of them the rate
+       follows the picture: the fewest states whose machine view meets the floor, or as many as the
+       limit leaves.
+    3. The floor is checked at the rate that came out. A picture that misses it keeps its original
+       bytes instead of a stream, unless ``keep_original`` is ``"never"``.
+
+    A stream has at least one state. Where that alone is more than ``max_bytes`` or ``target_bpp``
+    ask for, it is written all the same; the job's report counts the pictures over ``max_bytes``.
     """
 
     states: int | None = None
@@ -78,6 +86,9 @@ class EncodePolicy:
 
     target_bpp: float | None = None
     """Write the most states that stay within this many bits per pixel, and at least one."""
+
+    max_bytes: int | None = None
+    """No stream gets a state that makes it longer than this; but each has one state."""
 
     min_psnr: float = 30.0
     """Floor: dB over the whole picture, of the machine view."""
@@ -104,6 +115,8 @@ class EncodePolicy:
             raise ValueError(f"states is {self.states}, wanted at least 1")
         if self.target_bpp is not None and not self.target_bpp > 0:
             raise ValueError(f"target_bpp is {self.target_bpp}, wanted more than 0")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError(f"max_bytes is {self.max_bytes}, wanted at least 1")
         if self.base_states < 1:
             raise ValueError(f"base_states is {self.base_states}, wanted at least 1")
         if self.keep_original not in ("never", "below-floor", "always"):
@@ -118,6 +131,8 @@ class EncodePolicy:
         values = asdict(self)
         if not self.suggest_tags:
             del values["suggest_tags"]  # plans of before it existed stay the same plans
+        if self.max_bytes is None:
+            del values["max_bytes"]  # the same
         return values
 
     @classmethod
@@ -371,13 +386,14 @@ def _choose_states(
     the floor whenever the walk met a count that does.
     """
     offsets = [prefix_bytes(stream) for stream in streams]
+    limits = [_states_allowed(ends, policy) for ends in offsets]
     wanted = [
         _states_by_rate(ends, image.shape[0] * image.shape[1], policy)
         for ends, image in zip(offsets, images, strict=True)
     ]
     states = [
-        min(start if count is None else count, len(ends))
-        for count, ends in zip(wanted, offsets, strict=True)
+        min(start if count is None else count, limit)
+        for count, limit in zip(wanted, limits, strict=True)
     ]
     measured: list[dict[int, Quality]] = [{} for _ in streams]
     active = list(range(len(streams)))
@@ -392,7 +408,7 @@ def _choose_states(
                 continue
             meets = policy.meets_floor(measured[i][states[i]])
             following = states[i] + (-1 if meets else 1)
-            if 1 <= following <= len(offsets[i]) and following not in measured[i]:
+            if 1 <= following <= limits[i] and following not in measured[i]:
                 states[i] = following
                 still_active.append(i)
             elif not meets and following in measured[i]:
@@ -402,6 +418,13 @@ def _choose_states(
         _Chosen(streams[i][: ends[states[i] - 1]], ends[: states[i]], measured[i][states[i]])
         for i, ends in enumerate(offsets)
     ]
+
+
+def _states_allowed(ends: Sequence[int], policy: EncodePolicy) -> int:
+    """How many states one picture may have at most."""
+    if policy.max_bytes is None:
+        return len(ends)
+    return max(1, sum(end <= policy.max_bytes for end in ends))
 
 
 def _states_by_rate(ends: Sequence[int], num_pixels: int, policy: EncodePolicy) -> int | None:
