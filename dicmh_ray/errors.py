@@ -39,6 +39,7 @@
   x NetError                a net that judges pictures is not usable as described
   x JobError
     + FailureBudgetError    too many images failed: look at the report, then resume
+    + JobStoppedError       it was told to stop (SIGTERM, preemption): run it again to go on
   x MissingExtraError       an optional dependency is not installed: the message says how
 
 Every class keeps its constructor arguments in ``args``, positionally: that is what pickle replays,
@@ -423,6 +424,20 @@ class FailureBudgetError(JobError):
 
     def __str__(self) -> str:
         return f"{self.failed} of {self.done} images failed, the budget is {self.budget:g}"
+
+
+class JobStoppedError(JobError):
+    """A job, or one worker of it, was told to stop, and did so between two commits."""
+
+    def __init__(self, units_left: int) -> None:
+        super().__init__(units_left)
+        self.units_left = units_left
+
+    def __str__(self) -> str:
+        return (
+            f"told to stop with {self.units_left} units left; what is committed stays, "
+            "and the same command goes on from there"
+        )
 
 
 class MissingExtraError(DicmhError, ImportError):
