@@ -14,8 +14,8 @@ from dicmh_ray.cli import app
 from dicmh_ray.cli.progress import JobDisplay
 from dicmh_ray.cli.reading import FileNames
 from dicmh_ray.errors import FailureBudgetError
-from dicmh_ray.pipeline import job as job_module
-from dicmh_ray.pipeline.job import Checkpoint
+from dicmh_ray.pipeline import Checkpoint
+from dicmh_ray.pipeline import monitor as monitor_module
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar, write_tars
 
@@ -30,7 +30,7 @@ def run(monkeypatch):
     )
     monkeypatch.setattr(views, "load_codec", lambda *_, **__: FakeCodec())
     monkeypatch.setattr(views, "_loaded_codecs", {})
-    monkeypatch.setattr(job_module, "BUDGET_GRACE_IMAGES", 4)
+    monkeypatch.setattr(monitor_module, "BUDGET_GRACE_IMAGES", 4)
 
     def invoke(*arguments, code=0):
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -19,6 +19,7 @@ from dicmh_ray.errors import (
     WeightsError,
 )
 from dicmh_ray.pipeline import (
+    Checkpoint,
     EncodeOptions,
     EncodePolicy,
     JobMonitor,
@@ -26,7 +27,6 @@ from dicmh_ray.pipeline import (
     encode_images,
     plan_job,
 )
-from dicmh_ray.pipeline.job import Checkpoint
 from dicmh_ray.ray_plugin import compress
 from dicmh_ray.reader import ArchiveReader
 from dicmh_ray.source import SourceImage

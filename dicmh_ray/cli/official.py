@@ -87,8 +87,9 @@ def run_import_official(arguments: ImportArguments, *, dry_run: bool, as_json: b
                     ),
                     storage_options=storage_options(arguments.storage_options, arguments.archive),
                 )
-                monitor = JobMonitor(report, failure_budget=budget, progress=display)
-                compress_local(job, todo, monitor)
+                report.runtime = "local"
+                with JobMonitor(report, failure_budget=budget, progress=display) as monitor:
+                    compress_local(job, todo, monitor)
         except BaseException:
             if display.last is not None:
                 print_report(display.last, as_json=as_json)

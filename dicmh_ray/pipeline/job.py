@@ -10,22 +10,18 @@ goes on from the list of commits. The runtimes (:func:`compress_local` here, act
 of it.
 """
 
-import dataclasses
-import hashlib
 import logging
 import os
 import socket
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dicmh_ray.archive import (
     ArchiveWriter,
-    Commit,
     EncodedImage,
     Plan,
     Snapshot,
@@ -35,237 +31,23 @@ from dicmh_ray.archive import (
     published_units,
     unit_identity,
 )
-from dicmh_ray.codec import (
-    DEFAULT_CHECKPOINT,
-    ImageCodec,
-    ImageTagger,
-    load_codec,
-    read_checkpoint,
-)
-from dicmh_ray.codec.checkpoint import TAGGER_FILE
+from dicmh_ray.codec import DEFAULT_CHECKPOINT, ImageCodec, ImageTagger
 from dicmh_ray.codec.image_taggers import TaggerSpec, load_image_tagger
-from dicmh_ray.errors import (
-    CodecMismatchError,
-    DicmhError,
-    FailureBudgetError,
-    JobError,
-    MissingExtraError,
-    PlanConflictError,
-    SourceFormatError,
-    SourceImageError,
-    TaggerError,
-    WeightsError,
-)
+from dicmh_ray.errors import DicmhError, JobError, SourceFormatError, SourceImageError
+from dicmh_ray.pipeline.checkpoint import Checkpoint
 from dicmh_ray.pipeline.encode import (
     DAMAGED_SOURCE,
-    FAILURE_CAUSES,
     EncodeOptions,
     EncodePolicy,
     encode_images,
 )
+from dicmh_ray.pipeline.monitor import JobMonitor
+from dicmh_ray.pipeline.report import JobReport, Tally, UnitResult
+from dicmh_ray.pipeline.summary import SUMMARY_FIELD, RowSummary, cause_of
+from dicmh_ray.pipeline.units_queue import UnitsQueue
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
 
 _log = logging.getLogger(__name__)
-
-FATAL_ERRORS = (
-    CodecMismatchError, MissingExtraError, PlanConflictError, TaggerError, WeightsError
-)  # fmt: skip
-"""Errors that no other unit and no second attempt will be free of: the job stops at once."""
-
-MAX_ATTEMPTS = 3
-"""Calls of one unit that may end in an error before the job gives it up."""
-
-BUDGET_GRACE_IMAGES = 100
-"""A failure budget that is a fraction is not judged on fewer images than these until the end."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A codec that can be sent to another machine and loaded there."""
-
-    codec_id: str
-    """What the archive is written with; a worker that loads another one refuses."""
-
-    files: Mapping[str, bytes] = field(repr=False)
-    """Relative name -> content, to bundle in the archive; also what workers load where the
-    checkpoint is not the package's own."""
-
-    factory: Callable[[], ImageCodec] | None = None
-    """Makes the codec in place of ``load_codec``; must pickle."""
-
-    is_default: bool = False
-    """Whether every worker has it in its installed package."""
-
-    @classmethod
-    def open(cls, codec: "str | Path | Callable[[], ImageCodec]") -> "Checkpoint":
-        """Read a checkpoint by name or directory, or ask a factory for its codec's identity.
-
-        Raises:
-            WeightsError: the checkpoint is missing or incomplete.
-        """
-        if callable(codec):
-            return cls(codec_id=codec().codec_id, files={}, factory=codec)
-        found = read_checkpoint(codec)
-        is_default = codec == DEFAULT_CHECKPOINT
-        return cls(codec_id=found.codec_id, files=found.files, is_default=is_default)
-
-    def tagger_sha256(self) -> str:
-        """Digest of the checkpoint's tagger. Raises WeightsError when it has none."""
-        if TAGGER_FILE not in self.files:
-            raise WeightsError(self.codec_id[:16], "it has no tagger that could suggest tags")
-        return hashlib.sha256(self.files[TAGGER_FILE]).hexdigest()
-
-    def load(self, options: EncodeOptions) -> ImageCodec:
-        """The codec, in this process. Raises CodecMismatchError when it is not the job's."""
-        if self.factory is not None:
-            codec = self.factory()
-        elif self.is_default:
-            codec = load_codec(device=options.device, threads=options.threads)
-        else:
-            with tempfile.TemporaryDirectory(prefix="dicmh-codec-") as folder:
-                for name, content in self.files.items():
-                    path = Path(folder, name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(content)
-                codec = load_codec(folder, device=options.device, threads=options.threads)
-        if codec.codec_id != self.codec_id:
-            raise CodecMismatchError(self.codec_id, codec.codec_id)
-        return codec
-
-
-@dataclass(kw_only=True, slots=True)
-class Tally:
-    """Sums over the rows of committed units."""
-
-    images: int = 0
-    ok: int = 0
-    kept_original: int = 0
-    failed: int = 0
-    bytes_in: int = 0
-    """Bytes of the source images."""
-
-    bytes_out: int = 0
-    """Bytes of the parts, with all their columns."""
-
-    stream_bytes: int = 0
-    stream_pixels: int = 0
-    psnr_sum: float = 0.0
-    causes: Counter[str] = field(default_factory=Counter)
-    """Cause (the word before the colon in ``error``) -> rows."""
-
-    @classmethod
-    def of_commit(cls, commit: Commit) -> "Tally":
-        """What a commit says of its rows, whoever made it."""
-        facts = commit.statistics
-        return cls(
-            images=facts.rows,
-            ok=facts.ok,
-            kept_original=facts.kept_original,
-            failed=facts.failed,
-            bytes_in=facts.bytes_in,
-            bytes_out=facts.bytes_out,
-            stream_bytes=facts.ok_bitstream_bytes,
-            stream_pixels=facts.ok_pixels,
-            psnr_sum=commit.info.get("psnr_sum", 0.0),
-            causes=Counter(commit.info.get("causes", {})),
-        )
-
-    def merge(self, other: "Tally") -> None:
-        """Add another tally to this one."""
-        for entry in dataclasses.fields(self):
-            if entry.name == "causes":
-                self.causes.update(other.causes)
-            else:
-                total = getattr(self, entry.name) + getattr(other, entry.name)
-                setattr(self, entry.name, total)
-
-    @property
-    def failures(self) -> int:
-        """Rows that count against the failure budget, original bytes kept or not."""
-        return sum(count for cause, count in self.causes.items() if cause in FAILURE_CAUSES)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnitResult:
-    """What one committed unit came to."""
-
-    unit: str
-    tally: Tally
-    seconds: float
-    cpu_seconds: float
-    """Processor time of the worker process during the unit, all its threads."""
-
-    worker: str
-    """``host:pid``"""
-
-
-@dataclass(kw_only=True, slots=True)
-class JobReport:
-    """The state of a job: what a progress bar shows while it runs, what is left when it ends."""
-
-    archive: str
-    runtime: str
-    codec_id: str
-    units_total: int = 0
-    units_resumed: int = 0
-    """Units an earlier run had committed; the counts below are those of this run."""
-
-    units_done: int = 0
-    units_failed: list[str] = field(default_factory=list)
-    source_bytes_total: int = 0
-    """Bytes of the source objects still to do when this run began."""
-
-    source_bytes_done: int = 0
-    images_in_flight: int = 0
-    """Rows of units that are not committed yet, as far as the driver sees them (local runtime)."""
-
-    workers: int = 1
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    tally: Tally = field(default_factory=Tally)
-    manifest: int | None = None
-    """Version of the manifest once the archive is complete."""
-
-    @property
-    def images_per_s(self) -> float:
-        """Images of this run over its wall-clock seconds, start of the workers included."""
-        return self.tally.images / self.seconds if self.seconds else 0.0
-
-    @property
-    def mean_bpp(self) -> float | None:
-        """All bits of the streams over all their pixels."""
-        tally = self.tally
-        return 8 * tally.stream_bytes / tally.stream_pixels if tally.stream_pixels else None
-
-    @property
-    def mean_psnr(self) -> float | None:
-        """Mean over the ``ok`` rows, dB; None where none was measured: imported streams."""
-        return self.tally.psnr_sum / self.tally.ok if self.tally.psnr_sum else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as flat JSON."""
-        values = {
-            entry.name: getattr(self, entry.name)
-            for entry in dataclasses.fields(self)
-            if entry.name != "tally"
-        }
-        for entry in dataclasses.fields(Tally):
-            if entry.name not in ("causes", "psnr_sum", "stream_bytes", "stream_pixels"):
-                values[entry.name] = getattr(self.tally, entry.name)
-        return values | {
-            "failures": self.tally.failures,
-            "causes": dict(sorted(self.tally.causes.items())),
-            "images_per_s": self.images_per_s,
-            "mean_bpp": self.mean_bpp,
-            "mean_psnr": self.mean_psnr,
-        }
-
-
-class Progress(Protocol):
-    """Whoever wants to see a job run. Called in the driver, at most a few times a second."""
-
-    def __call__(self, report: JobReport) -> None:
-        """Show the report; it is the live object and changes later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,16 +92,19 @@ class Job:
         def watched(rows: Iterable[EncodedImage]) -> Iterator[EncodedImage]:
             causes: Counter[str] = Counter()
             psnr_sum = 0.0
+            summary = RowSummary()
             for row in rows:
                 if row.error is not None:
-                    causes[row.error.partition(":")[0]] += 1
+                    causes[cause_of(row.error)] += 1
                 if row.status == "ok":
                     psnr_sum += row.psnr or 0.0
+                summary.add(row, max_bytes=self.policy.max_bytes)
                 if on_row is not None:
                     on_row(row)
                 yield row
             # The commit is written after its last row: what it says of them is known by then.
             info.update(causes=dict(sorted(causes.items())), psnr_sum=psnr_sum)
+            info[SUMMARY_FIELD] = summary.packed()
 
         rows = self.rows(unit, codec, tagger=tagger, quarantine=quarantine)
         commit = self.writer.commit_unit(unit.name, watched(rows), info=info)
@@ -374,111 +159,6 @@ class Job:
                 source_offset=last_offset,
                 error=SourceImageError(f"{DAMAGED_SOURCE}: {exc.reason}"),
             )
-
-
-class JobMonitor:
-    """The driver's side of a job, the same for every runtime: counts, budget, progress.
-
-    Args:
-        report: what is kept up to date.
-        failure_budget: failed images that are tolerated: a whole number counts them, a float below
-            1 is their share of the images done (judged once 100 are done, and at the end).
-        progress: shown the report from time to time.
-    """
-
-    def __init__(
-        self,
-        report: JobReport,
-        *,
-        failure_budget: float = 0.1,
-        progress: Progress | None = None,
-    ) -> None:
-        if failure_budget < 0 or (isinstance(failure_budget, float) and failure_budget > 1):
-            raise ValueError(f"failure_budget is {failure_budget}: a count, or a share up to 1.0")
-        self.report = report
-        self._budget = failure_budget
-        self._progress = progress
-        self._started = time.perf_counter()
-        self._shown = 0.0
-        self._attempts: Counter[str] = Counter()
-
-    def done(self, unit: Unit, result: UnitResult) -> None:
-        """Count a committed unit. Raises FailureBudgetError when the budget is spent."""
-        report = self.report
-        report.units_done += 1
-        report.images_in_flight = 0
-        report.source_bytes_done += unit.num_bytes
-        report.cpu_seconds += result.cpu_seconds
-        report.tally.merge(result.tally)
-        _log.info(
-            "unit %s: %d images in %.1f s on %s",
-            unit.name, result.tally.images, result.seconds, result.worker,
-        )  # fmt: skip
-        self.show(is_due=True)
-        if report.tally.images >= BUDGET_GRACE_IMAGES or isinstance(self._budget, int):
-            self._check_budget()
-
-    def saw(self, row: EncodedImage) -> None:
-        """Count a row of the unit that runs in this process, for the display only."""
-        self.report.images_in_flight += 1
-        self.show()
-
-    def wants_retry(self, unit: Unit, error: Exception) -> bool:
-        """Count an attempt that ended in an error; False once the unit is given up.
-
-        Raises:
-            DicmhError: an error that the next attempt would meet again, in every unit.
-        """
-        if isinstance(error, FATAL_ERRORS):
-            raise error
-        self.report.images_in_flight = 0
-        self._attempts[unit.name] += 1
-        attempt = self._attempts[unit.name]
-        _log.warning("unit %s, attempt %d of %d: %s", unit.name, attempt, MAX_ATTEMPTS, error)
-        if attempt < MAX_ATTEMPTS:
-            return True
-        self.give_up(unit)
-        return False
-
-    def give_up(self, unit: Unit) -> None:
-        """Leave a unit uncommitted; the job goes on and says so at its end."""
-        self.report.units_failed.append(unit.name)
-        self.show(is_due=True)
-
-    def show(self, *, is_due: bool = False) -> None:
-        """Refresh the progress display, at most five times a second unless it is due."""
-        now = time.perf_counter()
-        self.report.seconds = now - self._started
-        if self._progress is not None and (is_due or now - self._shown > 0.2):
-            self._shown = now
-            self._progress(self.report)
-
-    def finish(self, job: Job) -> JobReport:
-        """Publish the manifest when every unit is committed, then judge.
-
-        Raises:
-            JobError: units could not be run; everything else is committed.
-            FailureBudgetError: the archive is complete, but too many of its images failed.
-        """
-        report = self.report
-        if not report.units_failed:
-            report.manifest = job.writer.finalize().version
-        self.show(is_due=True)
-        if report.units_failed:
-            names = ", ".join(report.units_failed[:5])
-            raise JobError(
-                f"{len(report.units_failed)} of {report.units_total} units could not be run "
-                f"({names}); the others are committed, run the job again to retry these"
-            )
-        self._check_budget()
-        return report
-
-    def _check_budget(self) -> None:
-        tally = self.report.tally
-        is_count = isinstance(self._budget, int)
-        allowed = self._budget if is_count else self._budget * tally.images
-        if tally.failures > allowed:
-            raise FailureBudgetError(tally.failures, tally.images, self._budget)
 
 
 def plan_job(
@@ -631,14 +311,17 @@ def compress_local(job: Job, units: Sequence[Unit], monitor: JobMonitor) -> JobR
     monitor.report.runtime = "local"
     codec = job.checkpoint.load(job.encode_options) if units else None
     tagger = job.load_tagger() if units else None
-    for unit in units:
-        while codec is not None:
-            try:
-                result = job.run_unit(unit, codec, tagger=tagger, on_row=monitor.saw)
-            except (DicmhError, OSError) as exc:
-                if not monitor.wants_retry(unit, exc):
-                    break
-            else:
-                monitor.done(unit, result)
-                break
+    queue = UnitsQueue(units)
+    while codec is not None and len(queue):
+        unit = queue.take()
+        if unit is None:
+            time.sleep(queue.wait_s())
+            continue
+        try:
+            result = job.run_unit(unit, codec, tagger=tagger, on_row=monitor.saw)
+        except (DicmhError, OSError) as exc:
+            if monitor.wants_retry(unit, exc):
+                queue.put(unit, delay_s=monitor.retry_delay_s(unit))
+        else:
+            monitor.done(unit, result)
     return monitor.finish(job)

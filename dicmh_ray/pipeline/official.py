@@ -38,6 +38,7 @@ from dicmh_ray.errors import (
     TagsError,
     WeightsError,
 )
+from dicmh_ray.pipeline.checkpoint import Checkpoint
 from dicmh_ray.pipeline.encode import (
     CRASH,
     ENCODE_FAILED,
@@ -49,7 +50,8 @@ from dicmh_ray.pipeline.encode import (
     EncodeOptions,
     EncodePolicy,
 )
-from dicmh_ray.pipeline.job import Checkpoint, Job, JobReport, open_job
+from dicmh_ray.pipeline.job import Job, open_job
+from dicmh_ray.pipeline.report import JobReport
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
 from dicmh_ray.source.expand import kind_of
 from dicmh_ray.source.files import stem_of

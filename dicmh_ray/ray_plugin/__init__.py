@@ -14,6 +14,7 @@ from dicmh_ray.pipeline import (
     EncodeOptions,
     EncodePolicy,
     JobMonitor,
+    JobObserver,
     JobReport,
     Progress,
     compress_local,
@@ -38,6 +39,7 @@ def compress(
     append: bool = False,
     failure_budget: float = 0.1,
     progress: Progress | None = None,
+    observers: Sequence[JobObserver] = (),
     source_options: SourceOptions | None = None,
     encode_options: EncodeOptions | None = None,
     tagger: TaggerSpec | None = None,
@@ -61,6 +63,7 @@ def compress(
         failure_budget: failed images that are tolerated: a whole number counts them, a float is
             their share. Kept originals of sound images (below the floor, alpha, ...) do not count.
         progress: called with the live report, at most a few times a second.
+        observers: told every event: logs, metrics, code of yours.
         source_options: columns, tag fields, limits of the source.
         encode_options: device, threads, batches.
         tagger: says what pictures show, besides their own tags: a zero-shot model or code of yours,
@@ -88,15 +91,18 @@ def compress(
         append=append,
         storage_options=storage_options,
     )
-    monitor = JobMonitor(report, failure_budget=failure_budget, progress=progress)
-    if runtime == "local":
-        return compress_local(job, units, monitor)
-    if runtime != "ray":
+    if runtime not in ("local", "ray"):
         raise ValueError(f"runtime is {runtime!r}, wanted 'ray' or 'local'")
-    try:
-        from dicmh_ray.ray_plugin.run import compress_on_ray
-    except ModuleNotFoundError as exc:
-        if exc.name != "ray":
-            raise
-        raise MissingExtraError("ray", "ray") from exc
-    return compress_on_ray(job, units, monitor, ray_options or RayOptions())
+    report.runtime = runtime
+    with JobMonitor(
+        report, failure_budget=failure_budget, progress=progress, observers=observers
+    ) as monitor:
+        if runtime == "local":
+            return compress_local(job, units, monitor)
+        try:
+            from dicmh_ray.ray_plugin.run import compress_on_ray
+        except ModuleNotFoundError as exc:
+            if exc.name != "ray":
+                raise
+            raise MissingExtraError("ray", "ray") from exc
+        return compress_on_ray(job, units, monitor, ray_options or RayOptions())

@@ -35,7 +35,7 @@ from ray.exceptions import (
 
 from dicmh_ray.errors import DicmhError, JobError
 from dicmh_ray.pipeline import Job, JobMonitor, JobReport, UnitResult
-from dicmh_ray.pipeline.job import FATAL_ERRORS, MAX_ATTEMPTS
+from dicmh_ray.pipeline.monitor import FATAL_ERRORS, MAX_ATTEMPTS
 from dicmh_ray.ray_plugin.actors import UnitWorker
 from dicmh_ray.ray_plugin.options import RayOptions
 from dicmh_ray.source import Unit
