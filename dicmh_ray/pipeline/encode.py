@@ -7,15 +7,17 @@
 
 A ``for`` loop runs it; Ray is another way to run it. Whatever happens to an image, its key comes
 out exactly once and in the order in which it came in. The quality in a row is measured on a decode
-of exactly the bytes of that row. Memory is bounded by one batch and the pictures loaded ahead.
+of exactly the bytes of that row.
+
+Memory: pictures that are decoded ahead (``ahead_bytes``), a window of neighbours out of which batches
+of similar shapes are made (four batches of ``batch_pixels``), each of them or one picture, whichever
+is more; and what the codec takes for a batch. Rows hold streams, not pixels.
 """
 
 import hashlib
 import json
 import logging
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, Self
 
@@ -24,29 +26,32 @@ import numpy.typing as npt
 
 from dicmh_ray.archive.schema import EncodedImage
 from dicmh_ray.bitstream import prefix_bytes
-from dicmh_ray.codec import ImageCodec, ImageTagger, Quality, TagScore, TagSuggester
+from dicmh_ray.codec import ImageCodec, ImageTagger, Quality, TagSuggester
 from dicmh_ray.codec.image_taggers import without_known
 from dicmh_ray.errors import (
     CodecMismatchError,
     MissingExtraError,
-    SourceImageError,
     TaggerError,
-    UnreadableImageError,
-    UnsupportedImageError,
     WeightsError,
 )
-from dicmh_ray.source import Pixels, SourceImage, load_pixels
-from dicmh_ray.source.image import UniqueKeys
+from dicmh_ray.pipeline.batching import WINDOW_BATCHES, similar_batches, windows
+from dicmh_ray.pipeline.loading import (
+    CRASH,
+    PIXEL_BYTES,
+    UNREADABLE,
+    LoadedImage,
+    load_images,
+)
+from dicmh_ray.source import SourceImage
 
 _log = logging.getLogger(__name__)
 
+DEFAULT_BATCH_PIXELS = 2**20
+
 KeepOriginal = Literal["never", "below-floor", "always"]
 
-UNREADABLE = "unreadable"
-UNSUPPORTED = "unsupported"
 ENCODE_FAILED = "encode-failed"
 TAG_FAILED = "tag-failed"
-CRASH = "crash"
 DAMAGED_SOURCE = "damaged-source"
 WRONG_SIZE = "wrong-size"
 UNDECODABLE = "undecodable"
@@ -156,24 +161,19 @@ class EncodeOptions:
 
     batch_pixels: int | None = None
     """Pixels in one codec call; None means 2**20, for Ray workers on a GPU 2**24. One picture
-    above it makes a batch of its own."""
+    above it makes a batch of its own. Batches are made of pictures of similar shape, out of four
+    batches' pixels of neighbours."""
 
     load_threads: int | None = None
-    """Threads that decode source files ahead of the codec; None means 0, for Ray workers on a GPU
-    4."""
+    """Threads that read and decode source files ahead of the codec; None means 1, for Ray workers on
+    a GPU 4. With 0 each picture is read when its batch is made."""
+
+    ahead_bytes: int | None = None
+    """Of files and decoded pictures that wait for the codec or are being decoded; None means the
+    pixels of four batches. A picture that takes more is let in alone."""
 
     max_image_pixels: int = 268_435_456
     """Larger pictures are refused before they are decoded: they keep their original bytes."""
-
-
-class _Loaded(NamedTuple):
-    """A source image on its way: with pixels, or with the reason why there are none."""
-
-    key: str
-    source: SourceImage
-    pixels: Pixels | None
-    failure: str | None
-    suggested: tuple[TagScore, ...] = ()
 
 
 class _Chosen(NamedTuple):
@@ -213,76 +213,50 @@ def encode_images(
             unusable, which no other image will change. Every other failure is a row.
     """
     options = options or EncodeOptions()
-    batch_pixels = options.batch_pixels or 2**20
-    batch: list[_Loaded] = []
-    num_pixels = 0
+    loaded = load_unit(images, options, quarantine=quarantine)
+    yield from encode_loaded(loaded, codec, policy, options=options, tagger=tagger)
+
+
+def load_unit(
+    images: Iterable[SourceImage], options: EncodeOptions, *, quarantine: Collection[int] = ()
+) -> Iterator[LoadedImage]:
+    """The first half of :func:`encode_images`: give keys, decode ahead."""
+    batch_pixels = options.batch_pixels or DEFAULT_BATCH_PIXELS
+    return load_images(
+        images,
+        threads=1 if options.load_threads is None else options.load_threads,
+        ahead_bytes=options.ahead_bytes or PIXEL_BYTES * WINDOW_BATCHES * batch_pixels,
+        max_pixels=options.max_image_pixels,
+        quarantine=quarantine,
+    )
+
+
+def encode_loaded(
+    images: Iterable[LoadedImage],
+    codec: ImageCodec,
+    policy: EncodePolicy,
+    *,
+    options: EncodeOptions | None = None,
+    tagger: ImageTagger | None = None,
+) -> Iterator[EncodedImage]:
+    """The second half of :func:`encode_images`, wherever the images were decoded."""
+    batch_pixels = (options or EncodeOptions()).batch_pixels or DEFAULT_BATCH_PIXELS
     # The state the last picture needed is where the search for the next one starts.
     start = (codec.num_states + 1) // 2
-    for loaded in _load_ahead(images, options, frozenset(quarantine)):
-        size = loaded.pixels.image.shape[0] * loaded.pixels.image.shape[1] if loaded.pixels else 0
-        if batch and num_pixels + size > batch_pixels:
-            rows = _encode_batch(batch, codec, policy, start, tagger)
-            start = _last_states(rows, start)
-            yield from rows
-            batch, num_pixels = [], 0
-        batch.append(loaded)
-        # A row without pixels waits in the batch to keep the order; its bytes count as pixels do.
-        num_pixels += size or len(loaded.source.data)
-    yield from _encode_batch(batch, codec, policy, start, tagger)
-
-
-def _last_states(rows: Sequence[EncodedImage], default: int) -> int:
-    return next((row.num_states for row in reversed(rows) if row.num_states), default)
-
-
-def _load_ahead(
-    images: Iterable[SourceImage], options: EncodeOptions, quarantine: frozenset[int]
-) -> Iterator[_Loaded]:
-    """Load pixels in order; with ``load_threads``, a bounded number of pictures ahead."""
-
-    def named() -> Iterator[tuple[str, SourceImage, bool]]:
-        keys = UniqueKeys()
-        for position, image in enumerate(images):
-            yield keys.claim(image.key), image, position in quarantine
-
-    def load(item: tuple[str, SourceImage, bool]) -> _Loaded:
-        return _load(*item, max_pixels=options.max_image_pixels)
-
-    threads = options.load_threads or 0
-    if not threads:
-        yield from map(load, named())
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="dicmh-load") as pool:
-        ahead: deque[Any] = deque()
-        for item in named():
-            ahead.append(pool.submit(load, item))
-            if len(ahead) > 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def _load(key: str, source: SourceImage, is_quarantined: bool, *, max_pixels: int) -> _Loaded:
-    if is_quarantined:
-        return _Loaded(key, source, None, f"{CRASH}: a worker process died on this image")
-    if source.error is not None:
-        return _Loaded(key, source, None, _reason(source.error))
-    try:
-        return _Loaded(key, source, load_pixels(source.data, max_pixels=max_pixels), None)
-    except SourceImageError as exc:
-        return _Loaded(key, source, None, _reason(exc))
-
-
-def _reason(error: SourceImageError) -> str:
-    if isinstance(error, UnsupportedImageError):
-        return f"{UNSUPPORTED}: {error.reason}"
-    if isinstance(error, UnreadableImageError):
-        return f"{UNREADABLE}: {error.reason}"
-    return error.reason
+    for window in windows(images, max_pixels=WINDOW_BATCHES * batch_pixels):
+        rows: list[EncodedImage | None] = [None] * len(window)
+        for positions in list(similar_batches(window, batch_pixels)):
+            batch = [image for image in (window[i] for i in positions) if image is not None]
+            encoded = _encode_batch(batch, codec, policy, start, tagger)
+            start = next((row.num_states for row in reversed(encoded) if row.num_states), start)
+            for position, row in zip(positions, encoded, strict=True):
+                rows[position] = row
+                window[position] = None  # its pixels are done with
+        yield from (row for row in rows if row is not None)
 
 
 def _encode_batch(
-    batch: Sequence[_Loaded],
+    batch: Sequence[LoadedImage],
     codec: ImageCodec,
     policy: EncodePolicy,
     start: int,
@@ -301,7 +275,7 @@ def _encode_batch(
     ]
 
 
-def _tag_group(group: Sequence[_Loaded], tagger: ImageTagger) -> list[_Loaded]:
+def _tag_group(group: Sequence[LoadedImage], tagger: ImageTagger) -> list[LoadedImage]:
     """Add what the tagger says; on a failure by halves, as in :func:`_encode_group`."""
     with_pixels = [item for item in group if item.pixels is not None]
     if not with_pixels:
@@ -326,7 +300,7 @@ def _tag_group(group: Sequence[_Loaded], tagger: ImageTagger) -> list[_Loaded]:
 
 
 def _encode_group(
-    group: Sequence[_Loaded], codec: ImageCodec, policy: EncodePolicy, start: int
+    group: Sequence[LoadedImage], codec: ImageCodec, policy: EncodePolicy, start: int
 ) -> list[EncodedImage]:
     """Encode together; on a failure each half alone, until the one that fails stands alone.
 
@@ -436,7 +410,7 @@ def _states_by_rate(ends: Sequence[int], num_pixels: int, policy: EncodePolicy) 
     return None
 
 
-def _row(item: _Loaded, chosen: _Chosen, policy: EncodePolicy) -> EncodedImage:
+def _row(item: LoadedImage, chosen: _Chosen, policy: EncodePolicy) -> EncodedImage:
     """The row of an image that was encoded, or the original in its place."""
     if item.pixels is None:
         raise TypeError("an image without pixels has no stream")
@@ -473,7 +447,7 @@ def _row(item: _Loaded, chosen: _Chosen, policy: EncodePolicy) -> EncodedImage:
     )
 
 
-def _row_without_stream(item: _Loaded, policy: EncodePolicy, reason: str) -> EncodedImage:
+def _row_without_stream(item: LoadedImage, policy: EncodePolicy, reason: str) -> EncodedImage:
     """The row of an image that has no stream: its original bytes where there are any to keep."""
     original = b"" if policy.keep_original == "never" else item.source.data
     return EncodedImage(
@@ -493,7 +467,7 @@ def _row_without_stream(item: _Loaded, policy: EncodePolicy, reason: str) -> Enc
     )
 
 
-def _source_columns(item: _Loaded) -> dict[str, Any]:
+def _source_columns(item: LoadedImage) -> dict[str, Any]:
     """The columns that describe the source, the same for every status."""
     source, pixels = item.source, item.pixels
     scores = (*(1.0 for _ in source.tags), *(tag.score for tag in item.suggested))

@@ -40,17 +40,16 @@ from dicmh_ray.errors import (
 )
 from dicmh_ray.pipeline.checkpoint import Checkpoint
 from dicmh_ray.pipeline.encode import (
-    CRASH,
     ENCODE_FAILED,
     MAX_REASON_CHARS,
     TAG_FAILED,
     UNDECODABLE,
-    UNREADABLE,
     WRONG_SIZE,
     EncodeOptions,
     EncodePolicy,
 )
 from dicmh_ray.pipeline.job import Job, open_job
+from dicmh_ray.pipeline.loading import CRASH, UNREADABLE
 from dicmh_ray.pipeline.report import JobReport
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
 from dicmh_ray.source.expand import kind_of

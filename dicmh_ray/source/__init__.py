@@ -8,7 +8,7 @@ images comes out once: as bytes, or as a row that says why there are none.
 
 from dicmh_ray.source.image import SourceImage
 from dicmh_ray.source.options import SourceOptions
-from dicmh_ray.source.pixels import Pixels, load_pixels
+from dicmh_ray.source.pixels import Pixels, load_pixels, stated_pixels
 from dicmh_ray.source.plan import Unit, plan_units, read_unit
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "load_pixels",
     "plan_units",
     "read_unit",
+    "stated_pixels",
 ]

@@ -130,6 +130,21 @@ def load_pixels(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
         raise UnreadableImageError(reason) from exc
 
 
+def stated_pixels(data: bytes) -> int:
+    """Width times height as the header states it, nothing decoded; 0 where no header can be read.
+
+    For planning memory, before :func:`load_pixels` says what the file really is.
+    """
+    name = sniff_format(data) if data else None
+    if name not in _OPENERS:
+        return 0
+    try:
+        with _quiet(name), _OPENERS[name](io.BytesIO(data)) as image:
+            return image.width * image.height
+    except Exception:  # noqa: BLE001  as in load_pixels, which will give the reason
+        return 0
+
+
 def _load(data: bytes, name: str, max_pixels: int) -> Pixels:
     exif = None
     if name == "JPEG":
