@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from dicmh_ray.codec.icmh.exact_model import (
 from dicmh_ray.codec.icmh.integer_nets import IntegerLayer, fraction_for, gelu_table
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
 
+_Z_ROOM = 1.5
+
 
 @torch.no_grad()
 def fit_exact_model(coder: LatentCoder, calibration: Iterable[tuple[Tensor, Tensor]]) -> ExactModel:
@@ -40,7 +43,7 @@ def fit_exact_model(coder: LatentCoder, calibration: Iterable[tuple[Tensor, Tens
 
     scale_table = get_scale_table().double().numpy()
     y_drafts = [TableDraft.gaussian(scale) for scale in scale_table.tolist()]
-    z_drafts = _z_drafts(coder)
+    z_steps: list[npt.NDArray[np.float32]] = []
     z_peak = y_peak = 0.0
     hooks = [layer.register_forward_hook(watch) for layer in layers]
     try:
@@ -54,9 +57,8 @@ def fit_exact_model(coder: LatentCoder, calibration: Iterable[tuple[Tensor, Tens
             symbols = torch.round(y - means).cpu().numpy()
             for table in np.unique(tables).tolist():
                 y_drafts[table].count(symbols[tables == table])
-            symbols = torch.round(z - coder.medians()[:, None, None]).cpu().numpy()
-            for channel, draft in enumerate(z_drafts):
-                draft.count(symbols[:, channel])
+            steps = torch.round(z - coder.medians()[:, None, None]).cpu().numpy()
+            z_steps.append(steps.transpose(1, 0, 2, 3).reshape(steps.shape[1], -1))
     finally:
         for hook in hooks:
             hook.remove()
@@ -74,7 +76,7 @@ def fit_exact_model(coder: LatentCoder, calibration: Iterable[tuple[Tensor, Tens
         nets=nets,
         gelu_tables={f: gelu_table(f) for f in sorted(fractions)},
         y_tables=FrozenTables.freeze(y_drafts),
-        z_tables=FrozenTables.freeze(z_drafts),
+        z_tables=FrozenTables.freeze(_z_drafts(coder, np.concatenate(z_steps, axis=1))),
     )
 
 
@@ -124,19 +126,28 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
 
 
-def _z_drafts(coder: LatentCoder) -> list[TableDraft]:
-    """For each channel of z, what its entropy bottleneck says between its outer quantiles."""
+def _z_drafts(coder: LatentCoder, met: npt.NDArray[np.float32]) -> list[TableDraft]:
+    """For each channel of z, what its entropy bottleneck says, and what was met: ``[N, n]``.
+
+    A table reaches from quantile to quantile of the bottleneck and to half as far again as anything
+    met: a short training leaves the quantiles far inside of what the channel takes.
+    """
     bottleneck = coder.entropy_bottleneck
     quantiles = bottleneck.quantiles.detach()[:, 0]
     medians = coder.medians()
     low, _, high = (quantiles - medians[:, None]).double().cpu().numpy().T
-    lowest = np.clip(-np.ceil(-low), -MAX_SYMBOL, 0).astype(int)
+    low = np.minimum(low, met.min(axis=1) * _Z_ROOM)
+    high = np.maximum(high, met.max(axis=1) * _Z_ROOM)
+    lowest = np.clip(np.floor(low), -MAX_SYMBOL, 0).astype(int)
     highest = np.clip(np.ceil(high), 0, MAX_SYMBOL).astype(int)
     start = int(lowest.min())
     steps = torch.arange(start, int(highest.max()) + 1, device=medians.device)
     values = (steps + medians[:, None])[None, :, :, None]
     likelihood = bottleneck(values, training=False)[1][0, :, :, 0].double().cpu().numpy()
-    return [
+    drafts = [
         TableDraft(row[first - start : last + 1 - start], first, max(1.0, (last - first) / 8))
         for row, first, last in zip(likelihood, lowest.tolist(), highest.tolist(), strict=True)
     ]
+    for draft, symbols in zip(drafts, met, strict=True):
+        draft.count(symbols)
+    return drafts

@@ -62,7 +62,7 @@ class IcmhPreset:
     prior: IcmhOptions | None
     """Schedule of the U-Net and the text encoder; None: they come with the checkpoint given."""
 
-    calibration_crops: int = 16
+    calibration_crops: int = 64
     """Crops of 256x256, or smaller where the photographs are, that the integer entropy model is calibrated on."""
 
 
@@ -113,6 +113,7 @@ ICMH_PRESETS: Mapping[str, IcmhPreset] = {
             ema=0.995,
             distortion=4.0,
             rate=2.0,
+            auxiliary_rate=2e-2,
         ),
         prior=IcmhOptions(
             batch=8, crop=128, learning_rate=8e-4, weight_decay=0.0, clip=1.0, ema=0.995
