@@ -33,7 +33,13 @@ from dicmh_ray.archive import (
 )
 from dicmh_ray.codec import DEFAULT_CHECKPOINT, ImageCodec, ImageTagger
 from dicmh_ray.codec.image_taggers import TaggerSpec, load_image_tagger
-from dicmh_ray.errors import DicmhError, JobError, SourceFormatError, SourceImageError
+from dicmh_ray.errors import (
+    DicmhError,
+    JobError,
+    JobStoppedError,
+    SourceFormatError,
+    SourceImageError,
+)
 from dicmh_ray.pipeline.checkpoint import Checkpoint
 from dicmh_ray.pipeline.encode import (
     DAMAGED_SOURCE,
@@ -43,6 +49,7 @@ from dicmh_ray.pipeline.encode import (
 )
 from dicmh_ray.pipeline.monitor import JobMonitor
 from dicmh_ray.pipeline.report import JobReport, Tally, UnitResult
+from dicmh_ray.pipeline.stopping import GRACE_S, listening_for_stop
 from dicmh_ray.pipeline.summary import SUMMARY_FIELD, RowSummary, cause_of
 from dicmh_ray.pipeline.units_queue import UnitsQueue
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
@@ -74,6 +81,7 @@ class Job:
         *,
         tagger: ImageTagger | None = None,
         quarantine: Collection[int] = (),
+        rows: Iterable[EncodedImage] | None = None,
         on_row: Callable[[EncodedImage], None] | None = None,
     ) -> UnitResult:
         """Read, encode and commit one unit. Running it twice publishes it once.
@@ -83,7 +91,8 @@ class Job:
             codec: what :meth:`Checkpoint.load` returned in this process.
             tagger: what :meth:`load_tagger` returned in this process.
             quarantine: positions of images that killed a worker, see :func:`encode_images`.
-            on_row: called with each row before it is written.
+            rows: the unit's rows, where something else than :meth:`rows` makes them.
+            on_row: called with each row before it is written; what it raises ends the attempt.
         """
         started, cpu_started = time.perf_counter(), time.process_time()
         worker = f"{socket.gethostname()}:{os.getpid()}"
@@ -106,7 +115,8 @@ class Job:
             info.update(causes=dict(sorted(causes.items())), psnr_sum=psnr_sum)
             info[SUMMARY_FIELD] = summary.packed()
 
-        rows = self.rows(unit, codec, tagger=tagger, quarantine=quarantine)
+        if rows is None:
+            rows = self.rows(unit, codec, tagger=tagger, quarantine=quarantine)
         commit = self.writer.commit_unit(unit.name, watched(rows), info=info)
         return UnitResult(
             unit=unit.name,
@@ -299,29 +309,48 @@ def open_job(
     return writer, todo, report
 
 
-def compress_local(job: Job, units: Sequence[Unit], monitor: JobMonitor) -> JobReport:
+def compress_local(
+    job: Job, units: Sequence[Unit], monitor: JobMonitor, *, grace_s: float = GRACE_S
+) -> JobReport:
     """Run the units in this process, one after the other.
 
     An image that kills the process kills the job; on Ray it would be isolated. Everything else is
-    as on Ray: the same commits, the same retries, the same budget.
+    as on Ray: the same commits, the same retries, the same budget. Told to stop (SIGTERM), it
+    finishes the unit it is at, or abandons it after ``grace_s``.
 
     Raises:
+        JobStoppedError: told to stop.
         DicmhError: see :meth:`JobMonitor.finish` and :meth:`JobMonitor.wants_retry`.
     """
     monitor.report.runtime = "local"
-    codec = job.checkpoint.load(job.encode_options) if units else None
-    tagger = job.load_tagger() if units else None
+    if not units:
+        return monitor.finish(job)
+    started = time.perf_counter()
+    codec = job.checkpoint.load(job.encode_options)
+    tagger = job.load_tagger()
+    monitor.report.codec_load_seconds = time.perf_counter() - started
+    monitor.first_unit()
     queue = UnitsQueue(units)
-    while codec is not None and len(queue):
-        unit = queue.take()
-        if unit is None:
-            time.sleep(queue.wait_s())
-            continue
-        try:
-            result = job.run_unit(unit, codec, tagger=tagger, on_row=monitor.saw)
-        except (DicmhError, OSError) as exc:
-            if monitor.wants_retry(unit, exc):
-                queue.put(unit, delay_s=monitor.retry_delay_s(unit))
-        else:
-            monitor.done(unit, result)
+    with listening_for_stop(grace_s=grace_s) as notice:
+
+        def saw(row: EncodedImage) -> None:
+            notice.check(len(queue) + 1)
+            monitor.saw(row)
+
+        while len(queue):
+            if notice.is_given:
+                raise JobStoppedError(len(queue))
+            unit = queue.take()
+            if unit is None:
+                time.sleep(min(queue.wait_s(), 1.0))
+                continue
+            try:
+                result = job.run_unit(unit, codec, tagger=tagger, on_row=saw)
+            except JobStoppedError:
+                raise
+            except (DicmhError, OSError) as exc:
+                if monitor.wants_retry(unit, exc):
+                    queue.put(unit, delay_s=monitor.retry_delay_s(unit))
+            else:
+                monitor.done(unit, result)
     return monitor.finish(job)

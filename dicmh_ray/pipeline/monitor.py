@@ -137,6 +137,11 @@ class JobMonitor:
         if report.tally.images >= BUDGET_GRACE_IMAGES or isinstance(self._budget, int):
             self._check_budget()
 
+    def first_unit(self) -> None:
+        """Note that a unit is begun; only the first time counts."""
+        if self.report.first_unit_seconds is None:
+            self.report.first_unit_seconds = time.perf_counter() - self._started
+
     def saw(self, row: EncodedImage) -> None:
         """Count a row of the unit that runs in this process, for the display only."""
         self.report.images_in_flight += 1

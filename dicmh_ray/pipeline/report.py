@@ -130,7 +130,18 @@ class JobReport:
     """Rows of units that are not committed yet, as far as the driver sees them (local runtime)."""
 
     workers: int = 1
+    """The most that there were at once."""
+
     seconds: float = 0.0
+    connect_seconds: float | None = None
+    """Until there was a connection to Ray, its start included where it was started for the job."""
+
+    codec_load_seconds: float | None = None
+    """In the slowest of the workers; each loads codec and tagger once."""
+
+    first_unit_seconds: float | None = None
+    """From the job's start, planning excluded, until the first unit was begun."""
+
     eta_s: float | None = None
     """Seconds to go at the rate of the last minutes; None before the first unit is committed."""
 
