@@ -33,8 +33,11 @@
     + CorruptRowError       one row is damaged: the others are readable
     + RowNotFoundError
     + WhereError            the filter text is wrong
+    + ReadStateError        a bookmark is not one of this order of rows
     + CommitFailedError     nothing was published: safe to retry
     + CommitUnknownError    may have been published: read the commit, then decide
+    + StoreUnavailableError the store answered none of many tries: run again later
+    + StoreAccessError      the store refuses: fix the credentials or the rights
   x ManifestError           a Kubernetes manifest cannot be made of these values
   x NetError                a net that judges pictures is not usable as described
   x JobError
@@ -367,6 +370,17 @@ class WhereError(ArchiveError):
         return f"filter {self.text!r}: {self.reason}"
 
 
+class ReadStateError(ArchiveError):
+    """What a walk through an archive shall go on from is no place in it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot go on from this state: {self.reason}"
+
+
 class CommitFailedError(ArchiveError):
     """Nothing was published: safe to retry."""
 
@@ -387,6 +401,31 @@ class CommitUnknownError(ArchiveError):
 
     def __str__(self) -> str:
         return f"{self.name} may have been published: {self.reason}"
+
+
+class StoreUnavailableError(ArchiveError, ConnectionError):
+    """A request was tried again and again, and the store never answered it."""
+
+    def __init__(self, uri: str, name: str, tries: int, reason: str) -> None:
+        super().__init__()
+        # OSError would keep two of them, as an error number and its text.
+        self.args = (uri, name, tries, reason)
+        self.uri, self.name, self.tries, self.reason = uri, name, tries, reason
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.name}: no answer in {self.tries} tries: {self.reason}"
+
+
+class StoreAccessError(ArchiveError, PermissionError):
+    """A store does not let this process in: credentials are missing or wrong, or lack a right."""
+
+    def __init__(self, uri: str, name: str, reason: str) -> None:
+        super().__init__()
+        self.args = (uri, name, reason)
+        self.uri, self.name, self.reason = uri, name, reason
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.name}: refused: {self.reason}"
 
 
 class ManifestError(DicmhError):

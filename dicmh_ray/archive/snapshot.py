@@ -187,6 +187,16 @@ def read_object(store: Store, facts: ObjectFacts | PartFacts) -> bytes:
         data = store.get(facts.name)
     except FileNotFoundError as exc:
         raise CorruptObjectError(facts.name, "is missing") from exc
+    check_object(facts, data)
+    return data
+
+
+def check_object(facts: ObjectFacts | PartFacts, data: bytes) -> None:
+    """Check that these are the bytes of a stored object.
+
+    Raises:
+        CorruptObjectError: they are not those that were committed.
+    """
     found = ObjectFacts.of(facts.name, data)
     if found.num_bytes != facts.num_bytes:
         raise CorruptObjectError(
@@ -194,7 +204,6 @@ def read_object(store: Store, facts: ObjectFacts | PartFacts) -> bytes:
         )
     if found.sha256 != facts.sha256:
         raise CorruptObjectError(facts.name, "content does not match its SHA-256")
-    return data
 
 
 def open_snapshot(

@@ -12,8 +12,8 @@ metadata field, another type) is false; ``!=`` and ``not in`` are true exactly w
 import ast
 import json
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -65,8 +65,18 @@ class Where:
     test: Callable[[pa.Table], Mask] = field(repr=False, compare=False)
     """bool [rows] of a table that has all of ``columns``: which rows match."""
 
+    terms: tuple["Where", ...] = field(default=(), repr=False, compare=False)
+    """Of a filter ``a and b and c``: the filters that must all hold; empty of any other."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         return parse_where, (self.text,)
+
+    def split(self, cheap: frozenset[str]) -> tuple["Where | None", "Where | None"]:
+        """This filter as two that must both hold: what ``cheap`` columns decide, and the rest."""
+        terms = self.terms or (self,)
+        first = [term for term in terms if term.columns <= cheap]
+        rest = [term for term in terms if not term.columns <= cheap]
+        return _all_of(first), _all_of(rest)
 
 
 def parse_where(text: str) -> Where:
@@ -86,9 +96,23 @@ def parse_where(text: str) -> Where:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
         raise WhereError(text, f"not an expression: {exc}") from exc
+    terms = []
+    if isinstance(tree.body, ast.BoolOp) and isinstance(tree.body.op, ast.And):
+        terms = [_where(ast.unparse(node), node) for node in tree.body.values]
+    whole = _where(text, tree.body)
+    return replace(whole, terms=tuple(terms))
+
+
+def _where(text: str, node: ast.expr) -> Where:
     parser = _Parser(text)
-    test = parser.condition(tree.body, 0)
+    test = parser.condition(node, 0)
     return Where(text, frozenset(parser.columns), test)
+
+
+def _all_of(terms: list[Where]) -> Where | None:
+    if len(terms) < 2:
+        return terms[0] if terms else None
+    return parse_where(" and ".join(f"({term.text})" for term in terms))
 
 
 @dataclass(frozen=True)
@@ -147,12 +171,14 @@ class _Parser:
         if isinstance(other, _Field) or one.path:
             return _compared_values(one, how, other)
         self.check_type(one, other, right)
-        return lambda table: _filled(how.arrow(table[one.column], pa.scalar(other)))
+        return lambda table: _filled(how.arrow(table[one.column], _scalar(other)))
 
     def is_none(self, left: ast.expr, right: ast.expr) -> _Test:
         if not (isinstance(right, ast.Constant) and right.value is None):
             raise self.refuse(right, "cannot follow 'is'; only None can")
         what = self.field(left)
+        if not what.path:
+            return lambda table: _mask(pc.is_null(table[what.column]))
         return lambda table: np.array([value is None for value in what.values(table)], bool)
 
     def membership(self, left: ast.expr, right: ast.expr) -> _Test:
@@ -162,6 +188,7 @@ class _Parser:
             if not what.path:
                 for value, element in zip(wanted, right.elts, strict=True):
                     self.check_type(what, value, element)
+                return lambda table: _is_one_of(table[what.column], wanted)
             return lambda table: np.array([value in wanted for value in what.values(table)], bool)
         item = self.constant(left)
         container = self.field(right, container=True)
@@ -171,6 +198,8 @@ class _Parser:
                 raise self.refuse(left, f"cannot be in {container.column}")
         if container.column == "tags":
             return lambda table: _has_element(table["tags"], item)
+        if not container.path:
+            return lambda table: _filled(pc.match_substring(table[container.column], str(item)))
         return lambda table: np.array(
             [_contains(value, item) for value in container.values(table)], bool
         )
@@ -243,16 +272,44 @@ def _compared_values(one: _Field, how: _Comparison, other: Any) -> _Test:
     return test
 
 
-def _filled(result: pa.ChunkedArray) -> Mask:
-    mask: Mask = pc.fill_null(result, False).to_numpy().astype(bool, copy=False)
+def _mask(result: pa.ChunkedArray | pa.Array) -> Mask:
+    mask: Mask = np.asarray(result, bool)
     return mask
+
+
+def _filled(result: pa.ChunkedArray) -> Mask:
+    return _mask(pc.fill_null(result, False))
+
+
+def _is_one_of(column: pa.ChunkedArray, wanted: Sequence[Any]) -> Mask:
+    values = [value for value in wanted if value is not None]
+    found = np.zeros(len(column), bool)
+    if _is_text(column.type):
+        found |= _mask(pc.is_in(column, value_set=pa.array(values, pa.string())))
+    else:
+        for value in values:
+            found |= _filled(pc.equal(column, _scalar(value)))
+    if len(values) < len(wanted):
+        found |= _mask(pc.is_null(column))
+    return found
+
+
+def _scalar(value: Any) -> pa.Scalar:
+    """A constant for Arrow, for which True is no number."""
+    return pa.scalar(int(value) if isinstance(value, bool) else value)
 
 
 def _has_element(lists: pa.ChunkedArray, item: Any) -> Mask:
     mask = np.zeros(len(lists), bool)
-    flat = lists.combine_chunks()
-    owners = pc.list_parent_indices(flat).to_numpy()
-    mask[owners[pc.equal(pc.list_flatten(flat), item).to_numpy(zero_copy_only=False)]] = True
+    start = 0
+    for chunk in lists.chunks:
+        hits = _mask(pc.equal(chunk.flatten(), item))
+        if hits.any():
+            # Rows of a chunk may begin anywhere in its values: a slice keeps them all.
+            edges = chunk.offsets.to_numpy() - chunk.offsets[0].as_py()
+            rows = np.searchsorted(edges, np.flatnonzero(hits), side="right") - 1
+            mask[start + rows] = True
+        start += len(chunk)
     return mask
 
 
