@@ -1,0 +1,45 @@
+"""The row indexes of all units of a version in one object: its readers ask once, not once a unit.
+
+The object is the index objects one behind the other, in the order of the manifest's commits, which
+say how long each is and what its SHA-256 must be. Nothing else needs to know or to trust it: where
+it is missing, or a stretch of it is not what was committed, readers turn to the unit's own index.
+"""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+from dicmh_ray.archive.commit import PARALLEL_REQUESTS, Commit, ObjectFacts
+from dicmh_ray.archive.manifest import Manifest
+from dicmh_ray.archive.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def joined_index_name(manifest: Manifest) -> str:
+    """Object name: two manifests with the same commits share the object."""
+    return f"index/joined-{manifest.root[:16]}.bin"
+
+
+def put_joined_index(store: Store, manifest: Manifest) -> None:
+    """Write the joined index of a version that is about to be published.
+
+    A version of one unit needs none. One whose indexes cannot be read goes without.
+    """
+    commits = list(manifest.commits.values())
+    if len(commits) < 2:
+        return
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        try:
+            found = list(pool.map(lambda commit: _index_of(store, commit), commits))
+        except FileNotFoundError as exc:
+            logger.warning("no joined index is written: %s is missing", exc)
+            return
+    for commit, data in zip(commits, found, strict=True):
+        if ObjectFacts.of(commit.index.name, data) != commit.index:
+            logger.warning("no joined index is written: %s is damaged", commit.index.name)
+            return
+    store.put(joined_index_name(manifest), b"".join(found))
+
+
+def _index_of(store: Store, commit: Commit) -> bytes:
+    return store.get(commit.index.name)
