@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "reader": FLOOR | {"archive", "fsspec", "numpy", "pyarrow"},
     "pipeline": LOW | {"codec", "numpy", "pyarrow"},
     "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
+    "adapters": LOW | {"PIL", "codec", "datasets", "fsspec", "numpy", "pyarrow", "torch", "views"},
     "recipe": FLOOR | {"codec", "numpy", "source"},
     "tag_recipe": FLOOR | {"codec", "numpy", "recipe", "source"},
     "ray_plugin": LOW | {"codec", "numpy", "pipeline", "pyarrow", "ray", "recipe", "views"},
@@ -145,8 +146,20 @@ def test_nothing_that_runs_code_from_data_is_used(path):
 
 
 def test_only_one_folder_knows_torch_and_only_one_knows_ray():
-    for foreign, home in [("torch", "codec"), ("ray", "ray_plugin"), ("constriction", "codec")]:
-        assert [part for part, allowed in MAY_IMPORT.items() if foreign in allowed] == [home]
+    homes = [("torch", ["codec", "adapters"]), ("ray", ["ray_plugin"]), ("constriction", ["codec"])]
+    for foreign, known in homes:
+        assert [part for part, allowed in MAY_IMPORT.items() if foreign in allowed] == known
+
+
+def test_of_the_adapters_only_the_one_for_torch_knows_torch():
+    adapters = [path for path in FILES if part_of(path) == "adapters"]
+    knowing = [
+        path.name
+        for path in adapters
+        for module, _, _, _ in imports_of(ast.parse(path.read_text()))
+        if module.partition(".")[0] == "torch"
+    ]
+    assert set(knowing) <= {"torch_data.py"}
 
 
 def test_siblings_do_not_know_each_other():
