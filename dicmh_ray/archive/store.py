@@ -4,6 +4,11 @@
 object": the local disk does it with a hard link, S3 with ``If-None-Match: *``. Everything else
 here is a plain put (atomic: a reader sees all of an object or none of it), a get or a listing.
 
+An error that may pass is met by trying again (:mod:`dicmh_ray.archive.retrying`), here and not in
+the client libraries, so that the number of tries is known and two layers do not multiply. Every
+operation may be tried twice: puts are of content-addressed or equal bytes, a conditional put
+settles by reading what it cannot tell.
+
 A store may take a conditional put and ignore the condition. :func:`probe` finds out, once, at
 the start of a job; a store that failed it says so in ``conditional`` and commits are then named
 by attempt (see :mod:`dicmh_ray.archive.commit`).
@@ -17,10 +22,10 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -28,12 +33,16 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from dicmh_ray.archive import retrying
+from dicmh_ray.archive.retrying import RetryPolicy, http_status, lacks_credentials, may_pass
 from dicmh_ray.errors import (
     CommitFailedError,
     CommitUnknownError,
     CorruptObjectError,
     DicmhError,
     MissingExtraError,
+    StoreAccessError,
+    StoreUnavailableError,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,13 +52,13 @@ SCRATCH = "scratch/"
 
 _TEMPORARY = ".tmp-"
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
-_CONFLICT_TRIES = 4
-_CONFLICT_STATUS = 409
-_LOST_STATUS = 412
-_BAD_RANGE_STATUS = 416
+_SECRET_OPTION = re.compile(r"key|secret|token|password|passwd|credential|sas", re.IGNORECASE)
+_SHORTEST_SECRET = 6
+_S3_SCHEMES = ("s3", "s3a")
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 _SAFE_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
 _memory_lock = threading.Lock()
+_T = TypeVar("_T")
 
 
 class StoredObject(NamedTuple):
@@ -90,7 +99,9 @@ class Store:
     """Named objects below one address. Thread-safe; pickles as its address and its options.
 
     Errors of the file system arrive as ``OSError`` (``FileNotFoundError`` for a missing object);
-    whatever else a client library raises is wrapped in ``ConnectionError``.
+    whatever else a client library raises is wrapped in ``ConnectionError``. Two are named: every
+    operation may raise ``StoreUnavailableError`` when its tries are spent, and ``StoreAccessError``
+    when the store refuses. No message holds a credential.
     """
 
     def __init__(
@@ -99,19 +110,25 @@ class Store:
         storage_options: Mapping[str, Any] | None = None,
         *,
         conditional: bool = True,
+        retry: RetryPolicy | None = None,
     ) -> None:
         self.uri = public_uri(uri)
         """The address, without credentials."""
         self.conditional = conditional
         """Whether ``put_if_absent`` is honoured; what :func:`probe` said."""
+        self.retry = retrying.DEFAULT_RETRY if retry is None else retry
+        """How often a request is tried."""
         self._given_uri = uri
         self._storage_options = dict(storage_options or {})
+        self._secrets = tuple(_secrets_in(uri, self._storage_options))
         # A listing that another worker has outdated would hide its commits.
-        self._fs, self._root = url_to_fs(uri, use_listings_cache=False, **self._storage_options)
+        self._fs, self._root = url_to_fs(
+            uri, use_listings_cache=False, **self._client_options(self._storage_options)
+        )
         self._root = self._root.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self._given_uri, self._storage_options, self.conditional)
+        return _reopen, (self._given_uri, self._storage_options, self.conditional, self.retry)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"
@@ -122,8 +139,8 @@ class Store:
         Raises:
             FileNotFoundError: there is no such object.
         """
-        with self._boundary(name):
-            return bytes(self._fs.cat_file(self._path(name)))
+        path = self._path(name)
+        return self._tried(name, lambda: self._read(path))
 
     def get_range(self, name: str, start: int, length: int) -> bytes:
         """Exactly ``length`` bytes from byte ``start``, in one request.
@@ -134,13 +151,20 @@ class Store:
         """
         if length == 0:
             return b""
-        with self._boundary(name):
+        path = self._path(name)
+
+        def read() -> bytes:
             try:
-                data = bytes(self._fs.cat_file(self._path(name), start=start, end=start + length))
+                return bytes(self._fs.cat_file(path, start=start, end=start + length))
             except OSError as exc:
-                if _http_status(exc) != _BAD_RANGE_STATUS:
+                if http_status(exc) != retrying.RANGE_NOT_SATISFIABLE:
                     raise
-                data = b""
+                return b""
+
+        data = self._tried(name, read)
+        if len(data) != length:
+            # An answer cut short on its way is no damage: the object itself is asked once more.
+            data = self._tried(name, read)
         if len(data) != length:
             found = start + len(data)
             raise CorruptObjectError(name, f"ends at byte {found}, wanted {start + length}")
@@ -148,14 +172,17 @@ class Store:
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object, replacing one of that name."""
-        with self._boundary(name):
-            self._fs.pipe_file(self._path(name), data)
+        path = self._path(name)
+        self._tried(name, lambda: self._fs.pipe_file(path, data))
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one. True when the stored bytes are these.
 
         An answer that does not tell (a timeout, a reset connection, a server error) is settled by
-        reading the object back: own content was written by this call, or by an equal one.
+        reading the object back: own content was written by this call, or by an equal one. So is a
+        refusal, since a client may have sent the request twice, and the first one arrived. Where
+        nothing is there the request is made again; it cannot undo what arrives late, as that has
+        the same bytes.
 
         Returns:
             False when the object exists with other bytes: somebody else was first.
@@ -163,49 +190,52 @@ class Store:
         Raises:
             CommitFailedError: nothing was written; trying again is safe.
             CommitUnknownError: the store did not answer the question either.
+            StoreAccessError: the store refuses to be written to.
         """
         path = self._path(name)
-        for tried in range(1, _CONFLICT_TRIES + 1):
+        error: OSError = FileNotFoundError(name)
+        tried = 0
+        for tried in self.retry.attempts():
             try:
                 with self._boundary(name):
                     self._create(path, data)
             except PermissionError:
                 raise
             except OSError as exc:
+                error = exc
                 try:
                     return self.get(name) == data
                 except FileNotFoundError:
                     # 409: another conditional request for this name was under way and may have
-                    # failed; S3 asks to try again. Anything else is for the caller to retry.
-                    if _http_status(exc) != _CONFLICT_STATUS or tried == _CONFLICT_TRIES:
-                        raise CommitFailedError(name, _describe(exc)) from exc
+                    # failed. A 412 for nothing: what it saw is gone, or the answer is wrong.
+                    lost = http_status(exc) == retrying.PRECONDITION_FAILED
+                    if not (lost or isinstance(exc, FileExistsError) or may_pass(exc)):
+                        break
                 except OSError as unreadable:
-                    reason = f"{_describe(exc)}; then {_describe(unreadable)}"
+                    reason = f"{self._describe(exc)}; then {self._describe(unreadable)}"
                     raise CommitUnknownError(name, reason) from exc
-                time.sleep(0.05 * 2**tried)
+                logger.debug("%s: put of %s: try %d: %s", self.uri, name, tried, exc)
             else:
                 return True
-        raise AssertionError("unreachable: the last try returns or raises")
+        raise CommitFailedError(name, f"{self._describe(error)} (tried {tried} times)") from error
 
     def list(self, prefix: str) -> list[str]:
         """Sorted names of all objects whose name starts with ``prefix`` (``""`` or ``"x/"``)."""
-        with self._boundary(prefix):
-            folder = f"{self._root}/{prefix}".rstrip("/")
-            try:
-                paths = self._fs.find(folder)
-            except FileNotFoundError:
-                return []
+        folder = f"{self._root}/{prefix}".rstrip("/")
+        try:
+            paths = self._tried(prefix, lambda: self._fs.find(folder))
+        except FileNotFoundError:
+            return []
         names = [path[len(self._root) + 1 :] for path in paths]
         return sorted(name for name in names if f"/{_TEMPORARY}" not in f"/{name}")
 
     def list_objects(self, prefix: str) -> Sequence[StoredObject]:
         """What :meth:`list` names, with sizes and times."""
-        with self._boundary(prefix):
-            folder = f"{self._root}/{prefix}".rstrip("/")
-            try:
-                found = self._fs.find(folder, detail=True)
-            except FileNotFoundError:
-                return []
+        folder = f"{self._root}/{prefix}".rstrip("/")
+        try:
+            found = self._tried(prefix, lambda: self._fs.find(folder, detail=True))
+        except FileNotFoundError:
+            return []
         objects = [
             StoredObject(path[len(self._root) + 1 :], int(info["size"]), _modified(info))
             for path, info in found.items()
@@ -214,11 +244,11 @@ class Store:
 
     def modified(self, name: str) -> float | None:
         """When an object was put, by the store's clock; None if there is no such object."""
-        with self._boundary(name):
-            try:
-                return _modified(self._fs.info(self._path(name)))
-            except FileNotFoundError:
-                return None
+        path = self._path(name)
+        try:
+            return _modified(self._tried(name, lambda: self._fs.info(path)))
+        except FileNotFoundError:
+            return None
 
     def now(self) -> float:
         """The time by the store's clock, seconds of the epoch: of an object put for the purpose.
@@ -248,13 +278,14 @@ class Store:
         Raises:
             FileNotFoundError: there is no such object.
         """
-        with self._boundary(name):
-            return int(self._fs.info(self._path(name))["size"])
+        path = self._path(name)
+        return int(self._tried(name, lambda: self._fs.info(path))["size"])
 
     def delete(self, name: str) -> None:
         """Remove an object; one that is gone already is no error."""
-        with self._boundary(name), contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(name))
+        path = self._path(name)
+        with contextlib.suppress(FileNotFoundError):
+            self._tried(name, lambda: self._fs.rm_file(path))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{check_name(name)}"
@@ -263,15 +294,54 @@ class Store:
         """Write an object that must not exist; FileExistsError or HTTP 409/412 where it does."""
         self._fs.pipe_file(path, data, mode="create")
 
+    def _read(self, path: str) -> bytes:
+        return bytes(self._fs.cat_file(path))
+
+    def _client_options(self, storage_options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the file system is opened with."""
+        return dict(storage_options)
+
+    def _tried(self, name: str, request: Callable[[], _T]) -> _T:
+        """The result of a request, made again while its error may pass.
+
+        Raises:
+            StoreUnavailableError: all tries are spent.
+        """
+        error: OSError | None = None
+        for tried in self.retry.attempts():
+            try:
+                with self._boundary(name):
+                    return request()
+            except OSError as exc:
+                if not may_pass(exc):
+                    raise
+                error = exc
+                logger.debug("%s: %s: try %d: %s", self.uri, name, tried, exc)
+        reason = "" if error is None else self._describe(error)
+        raise StoreUnavailableError(self.uri, name, self.retry.tries, reason) from error
+
     @contextlib.contextmanager
     def _boundary(self, name: str) -> Iterator[None]:
         """Let no client library's own exception class out."""
         try:
             yield
-        except (OSError, DicmhError, NotImplementedError, TypeError):
+        except (DicmhError, NotImplementedError, TypeError):
+            raise
+        except PermissionError as exc:
+            raise StoreAccessError(self.uri, name, self._describe(exc)) from exc
+        except OSError:
             raise
         except Exception as exc:
-            raise ConnectionError(f"{self.uri}: {name}: {_describe(exc)}") from exc
+            if lacks_credentials(exc):
+                raise StoreAccessError(self.uri, name, self._describe(exc)) from exc
+            raise ConnectionError(f"{self.uri}: {name}: {self._describe(exc)}") from exc
+
+    def _describe(self, exc: BaseException) -> str:
+        """Class and message of an error, without the credentials that were given."""
+        text = f"{type(exc).__name__}: {exc}"
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
 
 class LocalStore(Store):
@@ -340,6 +410,27 @@ class LocalStore(Store):
         return temporary
 
 
+class S3Store(Store):
+    """A bucket, or a prefix in one, through s3fs.
+
+    The client's own retries are off unless ``config_kwargs`` of the storage options name some:
+    s3fs makes 5 tries of botocore's 5, so that one call could become 25 requests.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._fs.retries = 1
+
+    def _client_options(self, storage_options: Mapping[str, Any]) -> dict[str, Any]:
+        options = dict(storage_options)
+        config = {"retries": {"total_max_attempts": 1}, **options.get("config_kwargs", {})}
+        return {**options, "config_kwargs": config}
+
+    def _read(self, path: str) -> bytes:
+        # Otherwise s3fs asks for the length first, and joins large objects of many requests.
+        return bytes(self._fs.cat_file(path, max_concurrency=1))
+
+
 class MemoryStore(Store):
     """Objects in this process, for tests. One lock makes its conditional put one step."""
 
@@ -351,7 +442,11 @@ class MemoryStore(Store):
 
 
 def open_store(
-    uri: str, storage_options: Mapping[str, Any] | None = None, *, conditional: bool = True
+    uri: str,
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    conditional: bool = True,
+    retry: RetryPolicy | None = None,
 ) -> Store:
     """The store at ``uri``: a path, ``memory://``, ``s3://``, or any other fsspec address.
 
@@ -360,6 +455,7 @@ def open_store(
         storage_options: passed to the fsspec file system; they are kept in memory and in pickles
             of the store, and written nowhere.
         conditional: what :func:`probe` said about this store.
+        retry: how often a request is tried; None is :data:`retrying.DEFAULT_RETRY`.
 
     Raises:
         MissingExtraError: the address is on S3 and s3fs is not installed.
@@ -369,14 +465,16 @@ def open_store(
     try:
         kind = fsspec.get_filesystem_class(scheme)
     except ImportError as exc:
-        if scheme in ("s3", "s3a"):
+        if scheme in _S3_SCHEMES:
             raise MissingExtraError("s3fs", "s3") from exc
         raise
     if issubclass(kind, LocalFileSystem):
-        return LocalStore(uri, storage_options, conditional=conditional)
+        return LocalStore(uri, storage_options, conditional=conditional, retry=retry)
     if issubclass(kind, MemoryFileSystem):
-        return MemoryStore(uri, storage_options, conditional=conditional)
-    return Store(uri, storage_options, conditional=conditional)
+        return MemoryStore(uri, storage_options, conditional=conditional, retry=retry)
+    if scheme in _S3_SCHEMES:
+        return S3Store(uri, storage_options, conditional=conditional, retry=retry)
+    return Store(uri, storage_options, conditional=conditional, retry=retry)
 
 
 def probe(store: Store) -> bool:
@@ -400,20 +498,22 @@ def probe(store: Store) -> bool:
     return honoured
 
 
-def _reopen(uri: str, storage_options: Mapping[str, Any], conditional: bool) -> Store:
-    return open_store(uri, storage_options, conditional=conditional)
+def _reopen(
+    uri: str, storage_options: Mapping[str, Any], conditional: bool, retry: RetryPolicy
+) -> Store:
+    return open_store(uri, storage_options, conditional=conditional, retry=retry)
 
 
-def _http_status(exc: BaseException | None) -> int | None:
-    """The HTTP status of the first error on the cause chain that has one (botocore's do)."""
-    while exc is not None:
-        response = getattr(exc, "response", None)
-        if isinstance(response, Mapping):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if isinstance(status, int):
-                return status
-        exc = exc.__cause__
-    return None
+def _secrets_in(uri: str, options: Mapping[str, Any]) -> Iterator[str]:
+    """What must not be told: the user part of an address, and options that are named like it."""
+    user, _, password = urlsplit(uri).netloc.rpartition("@")[0].partition(":")
+    found = [user, password]
+    for field, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _secrets_in("", value)
+        elif isinstance(value, str) and _SECRET_OPTION.search(field):
+            found.append(value)
+    yield from (text for text in found if len(text) >= _SHORTEST_SECRET)
 
 
 def _modified(info: Mapping[str, Any]) -> float:
@@ -429,10 +529,6 @@ def _modified(info: Mapping[str, Any]) -> float:
         if isinstance(value, datetime):
             return value.timestamp()
     return float("inf")
-
-
-def _describe(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {exc}"
 
 
 def _make_folder(folder: Path) -> None:

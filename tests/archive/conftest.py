@@ -5,10 +5,20 @@ import uuid
 import pytest
 from moto.server import ThreadedMotoServer
 
-from dicmh_ray.archive import create_archive, open_store
+from dicmh_ray.archive import create_archive, open_store, retrying
+from dicmh_ray.archive.retrying import RetryPolicy
 from tests.archive.rows import CODEC_FILES, mixed_rows, plan_of
 
 KEY, SECRET = "canary-access-key", "canary-secret-key"
+
+
+QUICK = RetryPolicy(tries=4, base_s=0.002)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Stores that wait for milliseconds where they would wait for seconds."""
+    monkeypatch.setattr(retrying, "DEFAULT_RETRY", QUICK)
 
 
 @pytest.fixture(scope="session")

@@ -161,7 +161,7 @@ def test_a_store_that_answers_nothing_leaves_the_outcome_unknown(address):
 
 def test_a_conflict_with_nobody_is_tried_again(address):
     store = Answering(address, before=HttpError(409))
-    with pytest.raises(CommitFailedError):
+    with pytest.raises(CommitFailedError, match="tried 4 times"):
         store.put_if_absent("c", b"mine")
     assert store.tries == 4
 
