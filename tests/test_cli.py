@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dicmh_ray import views
 from dicmh_ray.cli import app
 from dicmh_ray.cli.progress import JobDisplay
 from dicmh_ray.cli.reading import FileNames
 from dicmh_ray.errors import FailureBudgetError
 from dicmh_ray.pipeline import Checkpoint
 from dicmh_ray.pipeline import monitor as monitor_module
+from dicmh_ray.views import codecs
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar, write_tars
 
@@ -28,8 +28,8 @@ def run(monkeypatch):
         "open",
         classmethod(lambda cls, _: cls(codec_id="ab" * 32, files={}, factory=FakeCodec)),
     )
-    monkeypatch.setattr(views, "load_codec", lambda *_, **__: FakeCodec())
-    monkeypatch.setattr(views, "_loaded_codecs", {})
+    monkeypatch.setattr(codecs, "load_codec", lambda *_, **__: FakeCodec())
+    monkeypatch.setattr(codecs, "_loaded_codecs", {})
     monkeypatch.setattr(monitor_module, "BUDGET_GRACE_IMAGES", 4)
 
     def invoke(*arguments, code=0):

@@ -6,11 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from dicmh_ray import views
 from dicmh_ray.archive import open_snapshot
 from dicmh_ray.cli import app
 from dicmh_ray.errors import JobError
 from dicmh_ray.pipeline.job import Checkpoint, plan_job
+from dicmh_ray.views import codecs
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
 
@@ -20,8 +20,8 @@ def run(monkeypatch):
     """Runs the program with FakeCodec as the default checkpoint."""
     checkpoint = Checkpoint(codec_id="ab" * 32, files={}, factory=FakeCodec)
     monkeypatch.setattr(Checkpoint, "open", classmethod(lambda cls, _: checkpoint))
-    monkeypatch.setattr(views, "load_codec", lambda *_, **__: FakeCodec())
-    monkeypatch.setattr(views, "_loaded_codecs", {})
+    monkeypatch.setattr(codecs, "load_codec", lambda *_, **__: FakeCodec())
+    monkeypatch.setattr(codecs, "_loaded_codecs", {})
 
     def invoke(*arguments, code=0):
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dicmh_ray import views
 from dicmh_ray.errors import (
     ArchiveNotFoundError,
     CodecMismatchError,
@@ -17,7 +16,7 @@ from dicmh_ray.errors import (
 from dicmh_ray.pipeline import EncodePolicy
 from dicmh_ray.ray_plugin import compress
 from dicmh_ray.source import SourceOptions
-from dicmh_ray.views import open_archive, picture_of
+from dicmh_ray.views import codecs, open_archive, picture_of
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
 
@@ -138,8 +137,8 @@ def test_a_codec_is_loaded_once_for_each_process(archive, monkeypatch):
         loaded.append(checkpoint)
         return FakeCodec()
 
-    monkeypatch.setattr(views, "load_codec", load)
-    monkeypatch.setattr(views, "_loaded_codecs", {})
+    monkeypatch.setattr(codecs, "load_codec", load)
+    monkeypatch.setattr(codecs, "_loaded_codecs", {})
     uri = archive.reader.snapshot.uri
     first, second = open_archive(uri), open_archive(uri)
     assert loaded == []
@@ -149,8 +148,8 @@ def test_a_codec_is_loaded_once_for_each_process(archive, monkeypatch):
 
 
 def test_a_checkpoint_that_is_not_the_archives_is_refused(archive, monkeypatch):
-    monkeypatch.setattr(views, "load_codec", lambda *_, **__: FakeCodec("cd" * 32))
-    monkeypatch.setattr(views, "_loaded_codecs", {})
+    monkeypatch.setattr(codecs, "load_codec", lambda *_, **__: FakeCodec("cd" * 32))
+    monkeypatch.setattr(codecs, "_loaded_codecs", {})
     with pytest.raises(CodecMismatchError):
         open_archive(archive.reader.snapshot.uri)["a"].pixels()
 

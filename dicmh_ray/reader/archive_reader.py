@@ -310,8 +310,12 @@ class ArchiveReader:
         *,
         on_error: OnError = "raise",
         max_gap: int = SCAN_GAP_BYTES,
+        spare_originals: bool = False,
     ) -> list[tuple[int, EncodedImage]]:
-        """Rows by their numbers, each with its place in ``rows``; of damage as :meth:`scan`."""
+        """Rows by their numbers, each with its place in ``rows``; of damage as :meth:`scan`.
+
+        With ``spare_originals`` the original is read only of rows without a bitstream.
+        """
         wanted = _check_blobs(blobs, columns)
         _check_states(states)
         check_on_error(on_error)
@@ -334,7 +338,9 @@ class ArchiveReader:
                 return []
             number = pa.array(places)
             small = small.append_column("_place", number)
-            table = self._with_blobs(group, members, small, wanted, states, max_gap, note)
+            table = self._with_blobs(
+                group, members, small, wanted, states, max_gap, note, spare_originals
+            )
             return list(
                 zip(
                     table["_place"].to_pylist(),
@@ -450,13 +456,21 @@ class ArchiveReader:
         states: int | None,
         max_gap: int,
         sink: FaultSink,
+        spare_originals: bool = False,
     ) -> pa.Table:
         if not blobs:
             return small
         index = self._rows_index(refuse)
         places = index.table(PLACES).slice(group.start, group.num_rows).take(members)
         return with_blobs(
-            small, places, blobs, states, fetcher=self._fetcher, max_gap=max_gap, sink=sink
+            small,
+            places,
+            blobs,
+            states,
+            fetcher=self._fetcher,
+            max_gap=max_gap,
+            sink=sink,
+            spare_originals=spare_originals,
         )
 
     def _small_of(

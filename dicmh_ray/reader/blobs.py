@@ -1,7 +1,7 @@
 """Blobs of rows that lie in one part: where they are, and whether they are what was written."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ def with_blobs(
     fetcher: Fetcher,
     max_gap: int,
     sink: FaultSink,
+    spare_originals: bool = False,
 ) -> pa.Table:
     """``small`` with the blobs that are wanted, read and checked; the rows of one part.
 
@@ -42,13 +43,14 @@ def with_blobs(
         fetcher: reads.
         max_gap: bytes between two ranges that are read as one.
         sink: told of every row that is damaged; if it returns, the row is left out.
+        spare_originals: leave ``original`` empty where there is a bitstream.
     """
     if not wanted or not len(places):
         return small
     part = places["part"][0].as_py()
     # The checksums inside a bitstream run from its first byte: detail alone says nothing.
     read = [b for b in BLOBS if b in wanted or (b == "base" and "detail" in wanted)]
-    ranges = [place for blob in read for place in _ranges(blob, places, states)]
+    ranges = [place for blob in read for place in _ranges(blob, places, states, spare_originals)]
     try:
         fetched = fetcher.ranges_each(part, ranges, max_gap=max_gap)
     except FileNotFoundError:
@@ -61,7 +63,8 @@ def with_blobs(
     for blob in read:
         table = table.append_column(ARROW_SCHEMA.field(blob), pa.array(values[blob], pa.binary()))
     faults = {i % num_rows: reason for i, reason in fetched.reasons.items()}
-    if states is None and set(table.column_names) >= set(ARROW_SCHEMA.names):
+    is_whole = set(table.column_names) >= set(ARROW_SCHEMA.names)
+    if is_whole and states is None and not spare_originals:
         found = _row_faults(table, places)
     else:
         found = _blob_faults(table, values)
@@ -79,7 +82,7 @@ def with_blobs(
     return table
 
 
-def _keep(fetcher: Fetcher, fetched: Fetched, num_rows: int, damaged: Sequence[int]) -> None:
+def _keep(fetcher: Fetcher, fetched: Fetched, num_rows: int, damaged: Collection[int]) -> None:
     if damaged:
         fetcher.keep(
             fetched, [i for i in range(len(fetched.values)) if i % num_rows not in damaged]
@@ -95,10 +98,15 @@ def _empty(small: pa.Table, blobs: Sequence[str]) -> pa.Table:
     return table
 
 
-def _ranges(blob: str, places: pa.Table, states: int | None) -> Iterator[ByteRange]:
+def _ranges(
+    blob: str, places: pa.Table, states: int | None, spare_originals: bool
+) -> Iterator[ByteRange]:
     """The bytes of one blob in each row, cut after ``states`` states of the bitstream."""
     offsets: npt.NDArray[np.int64] = places[f"{blob}_offset"].to_numpy()
     lengths: npt.NDArray[np.int64] = places[f"{blob}_length"].to_numpy()
+    if blob == "original" and spare_originals:
+        streams = places["prefix_bytes"].to_pylist()
+        lengths = np.where([bool(ends) for ends in streams], 0, lengths)
     if states is None or blob == "original":
         yield from map(ByteRange, offsets.tolist(), lengths.tolist())
         return

@@ -88,9 +88,8 @@ class ReadOrder:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, wanted 1 or more")
-        wanted = tuple(blobs)
         batch: list[EncodedImage] = []
-        for done, row in self.numbered(wanted, states, columns, on_error):
+        for done, row in self.numbered(blobs, states, columns, on_error=on_error):
             batch.append(row)
             if len(batch) == batch_size:
                 self.done = done
@@ -102,19 +101,27 @@ class ReadOrder:
 
     def numbered(
         self,
-        blobs: tuple[str, ...],
-        states: int | None,
-        columns: Literal["all", "index"],
-        on_error: OnError,
+        blobs: Iterable[str] = BLOBS,
+        states: int | None = None,
+        columns: Literal["all", "index"] = "all",
+        *,
+        on_error: OnError = "raise",
+        spare_originals: bool = False,
     ) -> Iterator[tuple[int, EncodedImage]]:
         """Rows that are left, each with what :attr:`done` is once it was handed out.
 
-        It is for the caller to set :attr:`done`.
+        It is for the caller to set :attr:`done`. Arguments as :meth:`ArchiveReader.read_rows`.
         """
+        wanted = tuple(blobs)
 
         def read(start: int, stop: int) -> list[tuple[int, EncodedImage]]:
             found = self._reader.read_rows(
-                self.rows[start:stop], blobs, states, columns, on_error=on_error
+                self.rows[start:stop],
+                wanted,
+                states,
+                columns,
+                on_error=on_error,
+                spare_originals=spare_originals,
             )
             return [(start + place + 1, row) for place, row in found]
 
