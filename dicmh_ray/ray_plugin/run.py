@@ -13,8 +13,10 @@ from dicmh_ray.ray_plugin.cluster import Layout, connected  # isort: skip
 import ray
 
 from dicmh_ray.pipeline import Job, JobMonitor, JobReport
+from dicmh_ray.pipeline.metrics import MetricsObserver
 from dicmh_ray.pipeline.stopping import listening_for_stop
 from dicmh_ray.ray_plugin.isolation import isolate_all
+from dicmh_ray.ray_plugin.metrics import RayMetricSink
 from dicmh_ray.ray_plugin.options import RayOptions
 from dicmh_ray.ray_plugin.pool import WorkerPool
 from dicmh_ray.source import Unit
@@ -37,6 +39,7 @@ def compress_on_ray(
     # Within the connection: Ray sets a handler of its own for SIGTERM when it connects.
     with connected(options), listening_for_stop(grace_s=options.grace_s) as notice:
         monitor.report.connect_seconds = time.perf_counter() - started
+        monitor.watch(MetricsObserver(RayMetricSink()))
         given = job.encode_options
         layout = Layout.of(options, given.device, given.threads, len(units))
         job = dataclasses.replace(job, encode_options=layout.fit(given))

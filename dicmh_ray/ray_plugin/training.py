@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # Before ray is imported, which it does with its settings for the environment.
-from dicmh_ray.ray_plugin.run import connected  # isort: skip
+from dicmh_ray.ray_plugin.cluster import connected  # isort: skip
 
 import ray
 import ray.train

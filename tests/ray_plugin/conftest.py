@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-# Before ray is imported, as in dicmh_ray.ray_plugin.run.
+# Before ray is imported, as in dicmh_ray.ray_plugin.cluster.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 # Ray runs workers at niceness 15: on a busy machine the tests would wait for them.
@@ -13,7 +13,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 ray = pytest.importorskip("ray")
 
-from dicmh_ray.ray_plugin.run import start_local_ray
+from dicmh_ray.ray_plugin.cluster import start_local_ray
 
 
 @pytest.fixture(scope="session")
