@@ -5,7 +5,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
     && echo $$python && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := bench,codec,demo,dev,ray,s3
+EXTRAS := bench,codec,data,demo,dev,ray,s3
 IMAGES ?= kodak
 
 export RAY_USAGE_STATS_ENABLED := 0

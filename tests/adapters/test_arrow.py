@@ -93,7 +93,7 @@ def test_a_program_without_the_type_sees_values_and_shape(latents, tmp_path):
 
 
 def test_a_type_of_that_name_with_another_storage_is_refused():
-    with pytest.raises(TypeError, match="dicmh.latent is stored as"):
+    with pytest.raises(TypeError, match=r"dicmh\.latent is stored as"):
         LatentType.__arrow_ext_deserialize__(pa.int8(), b"")
 
 
