@@ -30,14 +30,18 @@ MAY_IMPORT = {
     "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
     "adapters": LOW | {"PIL", "codec", "datasets", "fsspec", "numpy", "pyarrow", "torch", "views"},
     "recipe": FLOOR | {"codec", "numpy", "source"},
+    "icmh_recipe": FLOOR | {"codec", "recipe"},
     "tag_recipe": FLOOR | {"codec", "numpy", "recipe", "source"},
-    "ray_plugin": LOW | {"codec", "numpy", "pipeline", "pyarrow", "ray", "recipe", "views"},
+    "ray_plugin": LOW
+    | {"analysis", "codec", "numpy", "pipeline", "pyarrow", "ray", "recipe", "views"},
+    "vision": FLOOR | {"PIL", "numpy", "onnx", "onnxruntime"},  # nets that look at pictures
+    "analysis": LOW | {"PIL", "codec", "numpy", "pyarrow", "views", "vision"},
     "bench": LOW
-    | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "onnx", "onnxruntime", "pillow_jxl"}
-    | {"views"},
+    | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "pillow_jxl", "views", "vision"},
     "cli": LOW
-    | {"PIL", "bench", "codec", "dicmh_ray", "numpy", "pipeline", "ray_plugin", "rich", "typer"}
-    | {"recipe", "tag_recipe", "views"},
+    | {"PIL", "analysis", "bench", "codec", "dicmh_ray", "numpy", "pipeline", "ray_plugin"}
+    | {"icmh_recipe", "recipe", "rich", "tag_recipe", "typer", "views", "vision"},
+    "testing": LOW | {"codec", "numpy"},  # what breaks things on purpose; nothing imports it
     "__init__": LOW | {"codec", "pipeline", "ray_plugin", "views"},
     "__main__": {"cli"},
 }
@@ -48,15 +52,16 @@ LAZY = {
     ("codec/image_taggers.py", "dicmh_ray.codec.zero_shot"): "torch, when a model shall tag",
     ("codec/image_taggers.py", "transformers.utils.hub"): "the same, for hub ids only",
     (
-        "cli/training.py",
+        "cli/icmh_training.py",
         "dicmh_ray.ray_plugin.training",
     ): "the ray extra, when workers are asked for",
+    ("cli/training.py", "dicmh_ray.cli.icmh_training"): "compressai, transformers: for its presets",
     ("ray_plugin/__init__.py", "dicmh_ray.ray_plugin.run"): "the ray extra, when Ray is asked for",
     ("bench/bd_rate.py", "bjontegaard"): "the bench extra",
-    ("bench/onnx_net.py", "onnx"): "the same",
-    ("bench/onnx_net.py", "onnxruntime"): "the same",
     ("bench/peers.py", "pillow_jxl"): "the same",
     ("bench/plots.py", "matplotlib"): "the same",
+    ("vision/onnx_net.py", "onnx"): "the same",
+    ("vision/onnx_net.py", "onnxruntime"): "the same",
 }
 """The imports inside functions, each with its reason: an optional extra, or a heavy start."""
 

@@ -17,14 +17,14 @@ from dicmh_ray.bench.equal_bytes import EqualPoint, EqualReport, evaluate_tasks
 from dicmh_ray.bench.judges import FeatureJudge, Likeness, Lpips
 from dicmh_ray.bench.matching import Match, PeerFiles
 from dicmh_ray.bench.metrics import Gauge, NetRecord
-from dicmh_ray.bench.nets import NetSpec, find_nets, net_from_argument
 from dicmh_ray.bench.peers import PEERS, Peer, available_peers
 from dicmh_ray.bench.plots import plot_curves, plot_equal_bytes
 from dicmh_ray.bench.rd import BenchOptions, Measurement, Point, RdReport, evaluate_rd
 from dicmh_ray.bench.report import Table, equal_tables, markdown, tables, write_report
 from dicmh_ray.bench.sheet import Cell, comparison_sheet, draw_sheet
 from dicmh_ray.bench.subject import Subject, find_images
-from dicmh_ray.bench.vision import Task, load_task
+from dicmh_ray.vision.nets import NetSpec, find_nets, net_from_argument
+from dicmh_ray.vision.tasks import NetTask, load_task
 
 __all__ = [
     "PEERS",
@@ -44,13 +44,13 @@ __all__ = [
     "Measurement",
     "NetRecord",
     "NetSpec",
+    "NetTask",
     "Peer",
     "PeerFiles",
     "Point",
     "RdReport",
     "Subject",
     "Table",
-    "Task",
     "available_peers",
     "bd_rate",
     "comparison_sheet",

@@ -22,8 +22,8 @@ from dicmh_ray.bench.metrics import Gauge
 from dicmh_ray.bench.rd import BenchOptions, Measurement, RdReport, rd_report, sweep
 from dicmh_ray.bench.report import write_report
 from dicmh_ray.bench.subject import Progress, Subject, find_images, for_each_picture, set_name
-from dicmh_ray.bench.vision import Task
 from dicmh_ray.codec import ImageCodec
+from dicmh_ray.vision.tasks import NetTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Campaign:
 def evaluate_all(
     sources: Sequence[str | Path],
     codec: ImageCodec,
-    tasks: Sequence[Task],
+    tasks: Sequence[NetTask],
     *,
     gauge: Gauge,
     options: BenchOptions | None = None,

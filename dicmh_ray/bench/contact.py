@@ -14,10 +14,10 @@ from PIL import Image
 
 from dicmh_ray.bench.equal_bytes import Contender, contenders
 from dicmh_ray.bench.metrics import Yardstick
-from dicmh_ray.bench.onnx_net import Picture
 from dicmh_ray.bench.rd import BenchOptions
 from dicmh_ray.bench.sheet import Cell, draw_sheet
 from dicmh_ray.bench.subject import Subject
+from dicmh_ray.vision.onnx_net import Picture
 
 CELL_PX = 240
 CROP_PX = 160

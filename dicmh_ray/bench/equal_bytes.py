@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from dicmh_ray.bench.environment import Environment, describe_environment
-from dicmh_ray.bench.labels import find_labels
 from dicmh_ray.bench.metrics import Gauge, NetRecord, Yardstick, means, record_of
 from dicmh_ray.bench.rd import BenchOptions
 from dicmh_ray.bench.subject import (
@@ -24,11 +23,12 @@ from dicmh_ray.bench.subject import (
     for_each_picture,
     set_name,
 )
-from dicmh_ray.bench.vision import Task
 from dicmh_ray.bitstream import prefix_bytes
 from dicmh_ray.codec import ImageCodec
 from dicmh_ray.errors import EncodeError, SourceImageError, SourceNotFoundError
 from dicmh_ray.source import load_pixels
+from dicmh_ray.vision.labels import find_labels
+from dicmh_ray.vision.tasks import NetTask
 
 ORIGINAL = "original"
 NUM_PROBES = 6
@@ -82,7 +82,7 @@ class EqualPoint:
 
     metrics: Mapping[str, float]
     scores: Mapping[str, float | None]
-    """``"NET: score"``; see :mod:`dicmh_ray.bench.vision`."""
+    """``"NET: score"``; see :mod:`dicmh_ray.vision.tasks`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,7 @@ class EqualReport:
 def evaluate_tasks(
     sources: Sequence[str | Path],
     codec: ImageCodec,
-    tasks: Sequence[Task],
+    tasks: Sequence[NetTask],
     *,
     options: BenchOptions | None = None,
     gauge: Gauge | None = None,
@@ -192,7 +192,7 @@ def contenders(
 def try_out(
     subject: Subject,
     yardstick: Yardstick,
-    tasks: Sequence[Task],
+    tasks: Sequence[NetTask],
     states: Sequence[int],
     options: BenchOptions,
 ) -> tuple[Trial, ...]:
@@ -234,7 +234,7 @@ def equal_report(
     found: Sequence[Sequence[Trial]],
     skipped: tuple[tuple[str, str], ...],
     codec: ImageCodec,
-    tasks: Sequence[Task],
+    tasks: Sequence[NetTask],
     options: BenchOptions,
     gauge: Gauge,
     *,
@@ -272,7 +272,7 @@ def equal_report(
     )
 
 
-def _scores(group: Sequence[Trial], tasks: Sequence[Task]) -> dict[str, float | None]:
+def _scores(group: Sequence[Trial], tasks: Sequence[NetTask]) -> dict[str, float | None]:
     return {
         f"{task.spec.name}: {name}": value
         for i, task in enumerate(tasks)

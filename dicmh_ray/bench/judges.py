@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dicmh_ray.bench.nets import NetSpec
-from dicmh_ray.bench.onnx_net import Array, OnnxNet, Picture, planes
 from dicmh_ray.errors import NetError
+from dicmh_ray.vision.nets import NetSpec
+from dicmh_ray.vision.onnx_net import Array, OnnxNet, Picture, planes
 
 FREE_TILE_PX = 512
 """Largest side of a tile for nets that take any size: it bounds the memory of activations."""

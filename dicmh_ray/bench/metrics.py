@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dicmh_ray.bench.judges import FeatureJudge, Features, Lpips
-from dicmh_ray.bench.nets import NetSpec
-from dicmh_ray.bench.onnx_net import Picture
 from dicmh_ray.bench.subject import Decoded, Subject
 from dicmh_ray.codec import ImageCodec, Quality
+from dicmh_ray.vision.nets import NetSpec
+from dicmh_ray.vision.onnx_net import Picture
 
 NAMES = {
     "psnr": "PSNR",

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from dicmh_ray.bench.matching import PeerFiles
-from dicmh_ray.bench.onnx_net import Picture
 from dicmh_ray.bench.peers import Peer
 from dicmh_ray.bitstream import prefix_bytes
 from dicmh_ray.codec import ImageCodec
 from dicmh_ray.errors import EncodeError, SourceImageError, SourceNotFoundError
 from dicmh_ray.source import load_pixels
+from dicmh_ray.vision.onnx_net import Picture
 
 SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tif", ".tiff", ".webp")
 

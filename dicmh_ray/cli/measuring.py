@@ -22,8 +22,8 @@ from dicmh_ray.bench import (
     Gauge,
     Lpips,
     NetSpec,
+    NetTask,
     RdReport,
-    Task,
     equal_tables,
     evaluate_all,
     evaluate_rd,
@@ -108,7 +108,7 @@ class BenchArguments:
             lpips=None if self.lpips is None else Lpips(self.lpips),
         )
 
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[NetTask]:
         """Of every net that has one. Raises NetError."""
         return [load_task(spec) for spec in self.specs() if spec.task != "none"]
 

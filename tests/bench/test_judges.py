@@ -9,9 +9,9 @@ import pytest
 from dicmh_ray import bench
 from dicmh_ray.bench.judges import tiles
 from dicmh_ray.bench.metrics import decibels, label, record_of, text
-from dicmh_ray.bench.onnx_net import OnnxNet, centre_crop
 from dicmh_ray.cli.measuring import teachers_of
 from dicmh_ray.errors import MissingExtraError, NetError
+from dicmh_ray.vision.onnx_net import OnnxNet, centre_crop
 from tests.bench.tiny import JPEG, a_picture, save_feature_net, save_lpips
 
 IMAGE = a_picture(40, 56)

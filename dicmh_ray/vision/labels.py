@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dicmh_ray.bench.boxes import Objects
 from dicmh_ray.errors import SourceFormatError
+from dicmh_ray.vision.boxes import Objects
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

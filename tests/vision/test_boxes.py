@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dicmh_ray.bench.boxes import (
+from dicmh_ray.vision.boxes import (
     COCO_OVERLAPS,
     Detections,
     Objects,

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dicmh_ray.bench.boxes import (
+from dicmh_ray.errors import NetError
+from dicmh_ray.vision.boxes import (
     COCO_OVERLAPS,
     Boxes,
     Detections,
@@ -21,15 +22,14 @@ from dicmh_ray.bench.boxes import (
     overlaps,
     without_repeats,
 )
-from dicmh_ray.bench.labels import Labels
-from dicmh_ray.bench.nets import NetSpec
-from dicmh_ray.bench.onnx_net import Array, OnnxNet, Picture, centre_crop, planes, resized
-from dicmh_ray.errors import NetError
+from dicmh_ray.vision.labels import Labels
+from dicmh_ray.vision.nets import NetSpec
+from dicmh_ray.vision.onnx_net import Array, OnnxNet, Picture, centre_crop, planes, resized
 
 Scores = Mapping[str, float | None]
 
 
-class Task(Protocol):
+class NetTask(Protocol):
     """One net at its task."""
 
     spec: NetSpec
@@ -45,13 +45,14 @@ class Task(Protocol):
         """The scores of a set of pictures."""
 
 
-def load_task(spec: NetSpec) -> Task:
+def load_task(spec: NetSpec) -> NetTask:
     """The task of a net. Raises NetError if the file is not as described, or is for no task."""
-    kinds: dict[str, type[Classification | Detection | Segmentation | Faces]] = {
+    kinds: dict[str, type[Classification | Detection | Segmentation | Faces | Landmarks]] = {
         "classification": Classification,
         "detection": Detection,
         "segmentation": Segmentation,
         "faces": Faces,
+        "landmarks": Landmarks,
     }
     if spec.task not in kinds:
         raise NetError(spec.name, "is described for no task")
@@ -91,20 +92,24 @@ class ClassEvidence(NamedTuple):
 class Classification(TaskNet):
     """Does the net name the same class as for the original, and the right one?"""
 
-    def read(self, image: Picture) -> int:
-        """The class of the picture."""
+    def logits(self, image: Picture) -> Array:
+        """What the net gives each class, float ``[classes]``."""
         logits = self.run(image)[0]
         if logits.ndim != 1:
             raise self.wrong([logits], "logits [classes]")
-        return int(logits.argmax())
+        return logits
+
+    def read(self, image: Picture) -> int:
+        """The class of the picture."""
+        return int(self.logits(image).argmax())
 
     def compare(self, reading: int, original: int, labels: Labels) -> ClassEvidence:
-        """See :class:`Task`."""
+        """See :class:`NetTask`."""
         truth = labels.class_index
         return ClassEvidence(reading == original, None if truth is None else reading == truth)
 
     def score(self, evidence: Sequence[ClassEvidence]) -> Scores:
-        """See :class:`Task`."""
+        """See :class:`NetTask`."""
         labelled = [one.is_right for one in evidence if one.is_right is not None]
         return {
             "top-1 agreement": _share([one.agrees for one in evidence]),
@@ -144,11 +149,11 @@ class Detection(TaskNet):
     def compare(
         self, reading: Detections, original: Detections, labels: Labels
     ) -> DetectionEvidence:
-        """See :class:`Task`."""
+        """See :class:`NetTask`."""
         return DetectionEvidence(reading, original.above(self.SURE_SCORE), labels.objects)
 
     def score(self, evidence: Sequence[DetectionEvidence]) -> Scores:
-        """See :class:`Task`."""
+        """See :class:`NetTask`."""
         labelled = [one for one in evidence if one.objects is not None]
         found = [one.found for one in labelled]
         there = [one.objects for one in labelled if one.objects is not None]
@@ -205,7 +210,7 @@ class Segmentation(TaskNet):
     def compare(
         self, reading: SegmentationReading, original: SegmentationReading, labels: Labels
     ) -> SegmentationEvidence:
-        """See :class:`Task`. Raises NetError if the labels are of another picture's size."""
+        """See :class:`NetTask`. Raises NetError if the labels are of another picture's size."""
         found, num_classes = reading
         semantic = labels.semantic if self.spec.label_values else None
         if semantic is not None and semantic.shape != found.shape:
@@ -218,7 +223,7 @@ class Segmentation(TaskNet):
         )
 
     def score(self, evidence: Sequence[SegmentationEvidence]) -> Scores:
-        """See :class:`Task`."""
+        """See :class:`NetTask`."""
         labelled = [one.with_labels for one in evidence if one.with_labels is not None]
         return {
             "mIoU": mean_iou(np.sum(labelled, axis=0)) if labelled else None,
@@ -254,12 +259,41 @@ class Faces(TaskNet):
         return [float(row.max(initial=0.0)) for row in shared]
 
     def score(self, evidence: Sequence[list[float]]) -> Scores:
-        """See :class:`Task`."""
+        """See :class:`NetTask`."""
         shared = [one for faces in evidence for one in faces]
         return {
             "faces found": _share([one >= self.MIN_OVERLAP for one in shared]),
             "face box IoU": float(np.mean(shared)) if shared else None,
         }
+
+
+class Landmarks(TaskNet):
+    """Are the points of the original found again? Score per point, not per picture."""
+
+    NEAR = 0.05
+    """Distance, of the picture's sides, up to which a point counts as found."""
+
+    def read(self, image: Picture) -> npt.NDArray[np.float64]:
+        """The points, ``[N, 2]``: x and y, 0..1 of the picture's width and height."""
+        found = self.run(image)
+        points = np.asarray(found[0], np.float64)
+        if len(found) != 1 or points.size == 0 or points.size % 2:
+            raise self.wrong(found, "one output of N x 2 numbers, x and y in 0..1")
+        return points.reshape(-1, 2)
+
+    def compare(
+        self,
+        reading: npt.NDArray[np.float64],
+        original: npt.NDArray[np.float64],
+        labels: Labels,
+    ) -> list[float]:
+        """How far each point is from where it is on the original."""
+        distances: list[float] = np.hypot(*(reading - original).T).tolist()
+        return distances
+
+    def score(self, evidence: Sequence[list[float]]) -> Scores:
+        """See :class:`NetTask`."""
+        return {"points found": _share([d <= self.NEAR for points in evidence for d in points])}
 
 
 def confusion(

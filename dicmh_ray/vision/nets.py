@@ -1,4 +1,4 @@
-"""Which nets judge pictures, and what each reads: a folder of ONNX files and its description.
+"""Which nets look at pictures, and what each reads: a folder of ONNX files and its description.
 
 ``NETS/nets.toml`` has a table for each net, with the fields of :class:`NetSpec`; docs/evaluation.md
 has an example. Files that this module knows by name need no description.
@@ -12,7 +12,7 @@ from typing import Any
 
 from dicmh_ray.errors import NetError
 
-TASKS = ("classification", "detection", "segmentation", "faces", "none")
+TASKS = ("classification", "detection", "segmentation", "faces", "landmarks", "none")
 DESCRIPTION = "nets.toml"
 
 VOC_OF_COCO = {

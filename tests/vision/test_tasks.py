@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from dicmh_ray import bench
-from dicmh_ray.bench.boxes import Objects
-from dicmh_ray.bench.labels import Labels, find_labels
-from dicmh_ray.bench.nets import NetSpec
-from dicmh_ray.bench.vision import ClassEvidence, SegmentationReading, confusion, mean_iou
 from dicmh_ray.errors import NetError, SourceFormatError
+from dicmh_ray.vision.boxes import Objects
+from dicmh_ray.vision.labels import Labels, find_labels
+from dicmh_ray.vision.nets import NetSpec
+from dicmh_ray.vision.tasks import ClassEvidence, SegmentationReading, confusion, mean_iou
 from tests.bench.tiny import a_picture, save_constant, save_feature_net, save_segmenter
 
 NOTHING = Labels()
@@ -144,3 +144,17 @@ def test_bad_labels_are_named(tmp_path):
     (tmp_path / "classes.csv").write_text("b.jpg,dog\n")
     with pytest.raises(SourceFormatError, match="no class index"):
         find_labels(tmp_path / "b.jpg")
+
+
+def test_points_are_compared_with_those_of_the_original(tmp_path):
+    points = np.array([[[0.25, 0.5], [0.75, 0.5]]])
+    net = task(save_constant(tmp_path / "net.onnx", {"points": points}), "landmarks")
+    reading = net.read(a_picture())
+    assert reading == pytest.approx(points[0])
+    moved = reading + np.array([[0.003, 0.004], [0, 0.2]])
+    distances = net.compare(reading, moved, NOTHING)
+    assert distances == pytest.approx([0.005, 0.2])
+    assert net.score([distances]) == {"points found": pytest.approx(0.5)}
+    odd = task(save_constant(tmp_path / "odd.onnx", {"points": np.zeros((1, 3))}), "landmarks")
+    with pytest.raises(NetError, match="N x 2"):
+        odd.read(a_picture())
