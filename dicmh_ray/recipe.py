@@ -2,7 +2,7 @@
 
     sources ──pack──> photographs.bin ──train──> codec ──train──> human view ──fit──> checkpoint/
 
-That is the layered codec's. Diff-ICMH's is in :mod:`.codec.icmh.presets`; both begin with a pack.
+That is the layered codec's. Diff-ICMH's is :mod:`dicmh_ray.icmh_recipe`; both begin with a pack.
 Each stage leaves its result in the run's folder and is skipped or continued when it is found
 there, so that a run that was stopped goes on with the same command, and a finished one improves
 with more minutes.
@@ -19,10 +19,9 @@ from typing import Any
 from dicmh_ray.codec.checkpoint import Checkpoint
 from dicmh_ray.codec.export import export
 from dicmh_ray.codec.human_training import HumanOptions, train_human
-from dicmh_ray.codec.icmh.presets import CHECKPOINT_NAME, train_icmh
-from dicmh_ray.codec.icmh.training import IcmhOptions
 from dicmh_ray.codec.network import NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher
+from dicmh_ray.codec.run_state import CHECKPOINT_NAME
 from dicmh_ray.codec.training import PackedPhotographs, TrainOptions, train
 from dicmh_ray.errors import SourceFormatError, SourceImageError
 from dicmh_ray.source import SourceOptions, load_pixels, plan_units, read_unit
@@ -237,48 +236,4 @@ def train_checkpoint(
         crops=chosen.table_crops,
         steps=chosen.table_steps,
         report=report,
-    )
-
-
-def train_icmh_checkpoint(
-    sources: Sequence[str],
-    folder: Path,
-    *,
-    preset: str,
-    options: IcmhOptions,
-    prior: IcmhOptions | None = None,
-    device: str = "auto",
-    start_from: str | Path | None = None,
-    labels: Mapping[str, str] | None = None,
-    report: Callable[[str], None] | None = None,
-    report_step: Callable[[dict[str, Any]], None] | None = None,
-) -> Checkpoint:
-    """Train, or go on training, a Diff-ICMH codec and export it to ``folder/checkpoint``.
-
-    Args:
-        sources: training photographs.
-        folder: the run: pack, training state, logs and checkpoint.
-        preset: a name in :data:`~.codec.icmh.presets.ICMH_PRESETS`.
-        options: the codec's schedule.
-        prior: the prior's, where the preset trains one.
-        device: a torch device, or ``"auto"``.
-        start_from: a Diff-ICMH checkpoint that a new run begins with.
-        labels: tags of photographs by file name, which guide the human view.
-        report: called with lines of text as stages end.
-        report_step: called every 50 steps with the step and the losses.
-
-    Raises:
-        SourceError: a source cannot be read, or no picture is large enough for a crop.
-        WeightsError: ``folder`` holds a run of another shape, or ``start_from`` does not fit.
-    """
-    photographs = pack_photographs(sources, folder / "pack", labels=labels, report=report)
-    return train_icmh(
-        photographs,
-        folder,
-        preset=preset,
-        options=options,
-        prior=prior,
-        device=device,
-        start_from=start_from,
-        report=report_step,
     )

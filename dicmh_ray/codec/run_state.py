@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+CHECKPOINT_NAME = "checkpoint"
+"""What a run has made, in its folder."""
+
 logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]

@@ -40,12 +40,10 @@ from dicmh_ray.codec.icmh.parts import (
 from dicmh_ray.codec.icmh.patch_vae import PatchVae, take_autoencoder
 from dicmh_ray.codec.icmh.text import TOKENIZER_FILES, train_tokenizer
 from dicmh_ray.codec.icmh.training import CodecStage, IcmhOptions, PriorStage
-from dicmh_ray.codec.run_state import Report
+from dicmh_ray.codec.run_state import CHECKPOINT_NAME, Report
 from dicmh_ray.codec.training import PackedPhotographs
 from dicmh_ray.errors import WeightsError
 from dicmh_ray.tags import Vocabulary
-
-CHECKPOINT_NAME = "checkpoint"
 
 CALIBRATION_PX = 256
 
