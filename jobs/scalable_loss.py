@@ -21,13 +21,17 @@ from PIL import Image
 
 from dicmh_ray.bench.environment import describe_environment
 from dicmh_ray.bitstream import prefix_bytes
-from dicmh_ray.codec import ImageCodec, load_codec, read_checkpoint
+from dicmh_ray.codec import ImageCodec, load_codec, read_checkpoint, tables
 from dicmh_ray.codec.export import export
 from dicmh_ray.codec.network import NetworkConfig
 from dicmh_ray.codec.training import TrainOptions, train
 from dicmh_ray.recipe import PRESETS, pack_photographs
 
 Floats = npt.NDArray[np.float64]
+
+WIDE_ALPHABET = 1023
+"""Largest symbol of the single-rate models. Their one quantiser is finer than any first state of the
+format, and without a parent its symbols are larger than the format has codes for."""
 
 
 def single_state_checkpoint(checkpoint: str, state: int, folder: Path) -> NetworkConfig:
@@ -101,6 +105,7 @@ def main() -> None:
         "environment": dataclasses.asdict(describe_environment()),
         "scalable": scalable.tolist(),
     }
+    tables.COARSEST_LIMIT = WIDE_ALPHABET
     for number in arguments.state:
         state = number - 1
         folder = arguments.output / f"state-{number}"
