@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dicmh_ray.adapters.handle import ArchiveHandle
 from dicmh_ray.archive import ARROW_SCHEMA, open_snapshot
-from dicmh_ray.views import Archive
+from dicmh_ray.views import Archive, open_archive
 
 _LATENT_DIMS = 3
 _DECODED_AT_ONCE = 64
@@ -133,7 +132,7 @@ def scan_latents(
         CorruptRowError, CorruptObjectError: what is stored is damaged.
     """
     if isinstance(archive, str):
-        archive = ArchiveHandle(uri=archive).archive()
+        archive = open_archive(archive)
     coded = "num_states > 0" if where is None else f"num_states > 0 and ({where})"
     for batch in archive.reader.scan([*columns, "base", "detail"], coded, states):
         streams = [

@@ -25,13 +25,14 @@ class ArchiveHandle:
 
     Connections, locks and networks do not survive a fork, and do not pickle: a handle carries none
     of them. :meth:`archive` opens the archive at the first call in a process, and keeps it there.
+    Send only what :meth:`pinned` gave: the others read whatever is the newest version.
     """
 
     uri: str
     """Address on any fsspec store."""
 
     version: int | None = None
-    """Of the archive; None is the newest whenever a process opens it, see :meth:`pinned`."""
+    """Of the archive; None is the newest whenever it is opened."""
 
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     """Passed to fsspec."""
@@ -52,13 +53,17 @@ class ArchiveHandle:
         Raises:
             ArchiveNotFoundError: there is no archive.
         """
-        snapshot = self.archive().reader.snapshot
-        if snapshot.manifest is None:
-            return replace(self, snapshot=snapshot)
-        return replace(self, version=snapshot.manifest.version)
+        archive = self._open()
+        manifest = archive.reader.snapshot.manifest
+        if manifest is None:
+            pinned = replace(self, snapshot=archive.reader.snapshot)
+        else:
+            pinned = replace(self, version=manifest.version)
+        pinned._keep(archive)
+        return pinned
 
     def archive(self) -> Archive:
-        """The archive, opened in this process; the last few stay open.
+        """The archive, opened in this process; the last few stay open, if they are pinned.
 
         Raises:
             ArchiveNotFoundError: there is no archive.
@@ -68,20 +73,26 @@ class ArchiveHandle:
             if key in _opened:
                 _opened.move_to_end(key)
                 return _opened[key]
+        return self._keep(self._open())
+
+    def _open(self) -> Archive:
         codec = None if self.codec is None else self.codec()
         if self.snapshot is not None:
-            archive = Archive(self.snapshot, codec=codec, device=self.device)
-        else:
-            archive = open_archive(
-                self.uri,
-                version=self.version,
-                codec=codec,
-                device=self.device,
-                storage_options=self.storage_options,
-            )
+            return Archive(self.snapshot, codec=codec, device=self.device)
+        return open_archive(
+            self.uri,
+            version=self.version,
+            codec=codec,
+            device=self.device,
+            storage_options=self.storage_options,
+        )
+
+    def _keep(self, archive: Archive) -> Archive:
+        if self.version is None and self.snapshot is None:
+            return archive  # the newest version may be another one next time
         with _lock:
             # Of two threads that opened it at once, both use the first one's.
-            archive = _opened.setdefault(key, archive)
+            archive = _opened.setdefault(self._identity(), archive)
             while len(_opened) > _HELD_ARCHIVES:
                 _opened.popitem(last=False)
         return archive
