@@ -4,8 +4,8 @@
         --tag-field cls --ray-address auto
 
 Logs a line for each unit and prints the report as one JSON line at the end. Exit codes are those of
-``dicmh compress``: 0 done, 1 an error, 3 over the failure budget. Restarting it resumes the job, so
-a restart policy is all the fault handling it needs from outside.
+``dicmh compress``: 0 done, 1 an error, 3 over the failure budget, 143 told to stop (SIGTERM).
+Restarting it resumes the job, so a restart policy is all the fault handling it needs from outside.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dicmh_ray import EncodePolicy, JobReport, SourceOptions, compress
-from dicmh_ray.errors import DicmhError, FailureBudgetError
+from dicmh_ray.errors import DicmhError, FailureBudgetError, JobStoppedError
 from dicmh_ray.ray_plugin import RayOptions
+from dicmh_ray.ray_plugin.options import Readers
 
 _log = logging.getLogger("compress_collection")
 
@@ -33,6 +34,10 @@ class Options:
     failure_budget: float
     ray_address: str | None
     workers: int | None
+    min_workers: int | None
+    max_concurrency: int | None
+    gpus_per_worker: float
+    readers: Readers
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -45,6 +50,10 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--failure-budget", type=float, default=0.1, help="share of the images")
     parser.add_argument("--ray-address", help="auto, ray://host:10001; default: a local Ray")
     parser.add_argument("--workers", type=int, help="default: one a GPU, else one a CPU")
+    parser.add_argument("--min-workers", type=int, help="at the start; default: what fits")
+    parser.add_argument("--max-concurrency", type=int, help="units at once, over the whole job")
+    parser.add_argument("--gpus-per-worker", type=float, default=1.0, help="0.5: two share one")
+    parser.add_argument("--readers", choices=("auto", "always", "never"), default="auto")
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -57,7 +66,14 @@ def run(options: Options) -> JobReport:
         policy=EncodePolicy(),
         failure_budget=options.failure_budget,
         source_options=SourceOptions(tag_fields=tuple(options.tag_field)),
-        ray_options=RayOptions(address=options.ray_address, workers=options.workers),
+        ray_options=RayOptions(
+            address=options.ray_address,
+            workers=options.workers,
+            min_workers=options.min_workers,
+            max_concurrency=options.max_concurrency,
+            gpus_per_worker=options.gpus_per_worker,
+            readers=options.readers,
+        ),
     )
 
 
@@ -68,6 +84,8 @@ def main() -> int:
         report = run(parse(sys.argv[1:]))
     except (DicmhError, OSError) as exc:
         _log.error("%s", exc)
+        if isinstance(exc, JobStoppedError):
+            return 143
         return 3 if isinstance(exc, FailureBudgetError) else 1
     print(json.dumps(report.to_dict()))
     return 0

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dicmh_ray.errors import DicmhError, FailureBudgetError
+from dicmh_ray.errors import DicmhError, FailureBudgetError, JobStoppedError
 
-EXIT_ERROR, EXIT_USAGE, EXIT_FAILURES, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_ERROR, EXIT_USAGE, EXIT_FAILURES, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 3, 130, 143
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ def told_in_one_line(*, error_code: int = EXIT_ERROR) -> Iterator[None]:
     except FailureBudgetError as exc:
         tell(f"error: {exc}")
         raise typer.Exit(EXIT_FAILURES) from exc
+    except JobStoppedError as exc:
+        tell(str(exc))
+        raise typer.Exit(EXIT_STOPPED) from exc
     except (DicmhError, OSError) as exc:
         _log.info("traceback", exc_info=exc)
         tell(f"error: {exc}")
