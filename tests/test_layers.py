@@ -28,15 +28,14 @@ MAY_IMPORT = {
     "reader": FLOOR | {"archive", "fsspec", "numpy", "pyarrow"},
     "pipeline": LOW | {"codec", "numpy", "pyarrow"},
     "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
-    "adapters": LOW
-    | {"codec", "datasets", "fsspec", "numpy", "pyarrow", "torch", "views", "webdataset"},
+    "adapters": LOW | {"PIL", "codec", "datasets", "fsspec", "numpy", "pyarrow", "torch", "views"},
     "recipe": FLOOR | {"codec", "numpy", "source"},
     "icmh_recipe": FLOOR | {"codec", "recipe"},
     "tag_recipe": FLOOR | {"codec", "numpy", "recipe", "source"},
     "ray_plugin": LOW
     | {"analysis", "codec", "numpy", "pipeline", "pyarrow", "ray", "recipe", "views"},
     "vision": FLOOR | {"PIL", "numpy", "onnx", "onnxruntime"},  # nets that look at pictures
-    "analysis": LOW | {"PIL", "codec", "numpy", "pyarrow", "views", "vision"},
+    "analysis": LOW | {"PIL", "codec", "fsspec", "numpy", "pyarrow", "views", "vision"},
     "bench": LOW
     | {"PIL", "bjontegaard", "codec", "matplotlib", "numpy", "pillow_jxl", "views", "vision"},
     "cli": LOW
@@ -51,6 +50,7 @@ MAY_IMPORT = {
 LAZY = {
     ("codec/__init__.py", "dicmh_ray.codec.layered_codec"): "load_codec is what loads torch",
     ("codec/__init__.py", "dicmh_ray.codec.icmh.icmh_codec"): "the same",
+    ("analysis/head_task.py", "dicmh_ray.codec.latent_head"): "torch, when a head is read",
     ("codec/image_taggers.py", "dicmh_ray.codec.zero_shot"): "torch, when a model shall tag",
     ("codec/image_taggers.py", "transformers.utils.hub"): "the same, for hub ids only",
     (
@@ -59,6 +59,7 @@ LAZY = {
     ): "the ray extra, when workers are asked for",
     ("cli/training.py", "dicmh_ray.cli.icmh_training"): "compressai, transformers: for its presets",
     ("ray_plugin/__init__.py", "dicmh_ray.ray_plugin.run"): "the ray extra, when Ray is asked for",
+    ("ray_plugin/analysis.py", "dicmh_ray.ray_plugin.analysis_pool"): "the same",
     ("bench/bd_rate.py", "bjontegaard"): "the bench extra",
     ("bench/peers.py", "pillow_jxl"): "the same",
     ("bench/plots.py", "matplotlib"): "the same",

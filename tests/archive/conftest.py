@@ -1,12 +1,14 @@
-"""The three stores that the behaviour suite runs on."""
+"""The stores that the behaviour suite runs on: a folder, memory, and two S3 servers."""
 
 import uuid
+from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
 
 from dicmh_ray.archive import create_archive, open_store, retrying
 from dicmh_ray.archive.retrying import RetryPolicy
+from dicmh_ray.testing import ceph
 from tests.archive.rows import CODEC_FILES, mixed_rows, plan_of
 
 KEY, SECRET = "canary-access-key", "canary-secret-key"
@@ -31,6 +33,16 @@ def s3_endpoint():
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def ceph_endpoint():
+    """Address of a Ceph gateway; `.ci/fetch_ceph build/ceph` brings its programs."""
+    prefix = ceph.find_ceph(Path(__file__).parents[2] / "build/ceph/root")
+    if prefix is None:
+        pytest.skip("no Ceph gateway here: run .ci/fetch_ceph build/ceph")
+    with ceph.ceph_gateway(prefix) as endpoint:
+        yield endpoint
+
+
 class Place:
     """Where one test's archive goes, and what opens it."""
 
@@ -41,26 +53,43 @@ class Place:
         return open_store(self.uri, self.options)
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
-def place(request, tmp_path, monkeypatch):
+def new_bucket(options):
+    """A bucket of its own on a server."""
+    name = f"bucket-{uuid.uuid4().hex}"
+    # The file system's mkdir sends a LocationConstraint, which this region refuses.
+    open_store(f"s3://{name}", options)._fs.call_s3("create_bucket", Bucket=name)
+    return name
+
+
+@pytest.fixture
+def moto_options(s3_endpoint, monkeypatch):
+    """What opens a store on moto."""
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return {
+        "key": KEY,
+        "secret": SECRET,
+        "endpoint_url": s3_endpoint,
+        "client_kwargs": {"region_name": "us-east-1"},
+    }
+
+
+@pytest.fixture
+def ceph_options(ceph_endpoint, monkeypatch):
+    """What opens a store on Ceph."""
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return ceph.storage_options(ceph_endpoint)
+
+
+@pytest.fixture(params=["local", "memory", "s3", "ceph"])
+def place(request, tmp_path):
     """A new empty address on each kind of store."""
-    name = uuid.uuid4().hex
     if request.param == "local":
         return Place(str(tmp_path / "archive"))
     if request.param == "memory":
-        return Place(f"memory://{name}/archive")
-    endpoint = request.getfixturevalue("s3_endpoint")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    options = {
-        "key": KEY,
-        "secret": SECRET,
-        "endpoint_url": endpoint,
-        "client_kwargs": {"region_name": "us-east-1"},
-    }
-    place = Place(f"s3://bucket-{name}/archive", options)
-    # The file system's mkdir sends a LocationConstraint, which this region refuses.
-    place.store()._fs.call_s3("create_bucket", Bucket=f"bucket-{name}")
-    return place
+        return Place(f"memory://{uuid.uuid4().hex}/archive")
+    kind = {"s3": "moto_options", "ceph": "ceph_options"}[request.param]
+    options = request.getfixturevalue(kind)
+    return Place(f"s3://{new_bucket(options)}/archive", options)
 
 
 @pytest.fixture

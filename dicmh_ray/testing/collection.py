@@ -1,0 +1,92 @@
+"""A small collection of pictures, and a judge of what became of it."""
+
+import io
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dicmh_ray.archive import EncodedImage, verify_archive
+from dicmh_ray.reader import ArchiveReader
+
+BLOBS = ("base", "detail", "original")
+
+
+def make_collection(
+    folder: Path, *, images: int, per_tar: int, seed: int, side: int = 64, first_key: int = 0
+) -> list[str]:
+    """Tars of JPEGs: smooth random pictures of ``side`` to twice as many pixels a side.
+
+    Args:
+        folder: where the tars go; it must exist.
+        images: how many in all.
+        per_tar: how many a tar.
+        seed: of the pictures.
+        side: shortest width, pixels.
+        first_key: number in the first picture's key, so that collections can be added up.
+
+    Returns:
+        the tars' paths.
+    """
+    rng = np.random.default_rng(seed)
+    tars = []
+    for first in range(first_key, first_key + images, per_tar):
+        path = folder / f"shard-{first:06d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for number in range(first, min(first + per_tar, first_key + images)):
+                coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
+                size = int(rng.integers(side, 2 * side + 1)), side * 3 // 2
+                picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+                buffer = io.BytesIO()
+                picture.save(buffer, "JPEG", quality=95)
+                info = tarfile.TarInfo(f"{number:06d}.jpg")
+                info.size = buffer.tell()
+                tar.addfile(info, io.BytesIO(buffer.getvalue()))
+        tars.append(str(path))
+    return tars
+
+
+def rows_by_key(
+    archive: str, storage_options: Mapping[str, Any] | None = None
+) -> dict[str, EncodedImage]:
+    """Every row, whole.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    rows: dict[str, EncodedImage] = {}
+    reader = ArchiveReader.open(archive, storage_options=storage_options)
+    for row in reader.rows(blobs=BLOBS):
+        if row.key in rows:
+            raise ValueError(f"{row.key!r} is there twice")
+        rows[row.key] = row
+    return rows
+
+
+def judge(
+    archive: str,
+    expected: Mapping[str, EncodedImage],
+    storage_options: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """What is wrong with an archive: lost, duplicated, unreadable or other rows than expected."""
+    report = verify_archive(archive, storage_options=storage_options)
+    faults = [str(problem) for problem in report.problems]
+    if report.unchecked:
+        faults.append(report.unchecked)
+    if not report.is_complete:
+        faults.append("has no manifest")
+    try:
+        rows = rows_by_key(archive, storage_options)
+    except ValueError as exc:
+        return [*faults, str(exc)]
+    faults += [f"{key!r} is missing" for key in expected.keys() - rows.keys()]
+    faults += [f"{key!r} is not of the source" for key in rows.keys() - expected.keys()]
+    faults += [
+        f"{key!r} differs from the undisturbed run"
+        for key in expected.keys() & rows.keys()
+        if rows[key] != expected[key]
+    ]
+    return faults
