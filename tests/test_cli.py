@@ -10,12 +10,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dicmh_ray.cli import app
-from dicmh_ray.cli.progress import JobDisplay
-from dicmh_ray.cli.reading import FileNames
+from dicmh_ray.cli.progress import JobDisplay, time_text
 from dicmh_ray.errors import FailureBudgetError
 from dicmh_ray.pipeline import Checkpoint
 from dicmh_ray.pipeline import monitor as monitor_module
 from dicmh_ray.views import codecs
+from dicmh_ray.views.names import FileNames
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar, write_tars
 
@@ -79,12 +79,84 @@ def test_compress_reports_as_json_and_a_second_run_has_nothing_to_do(run, tmp_pa
 
 def test_a_dry_run_lists_units_and_writes_nothing(run, tmp_path):
     tars = write_tars(tmp_path)
-    command = ("compress", *tars, tmp_path / "a", "--dry-run")
+    command = ("compress", *tars, tmp_path / "a", "--dry-run", "--sample", 0)
     assert "3 units, " in run(*command).stdout
     listed = json.loads(run(*command, "--json").stdout)
     assert len(listed["units"]) == 3
     assert listed["committed"] == 0
+    assert "forecast" not in listed
     assert not (tmp_path / "a").exists()
+
+
+def test_a_dry_run_foresees_size_time_and_money(run, tmp_path):
+    tars = write_tars(tmp_path)
+    command = ("compress", *tars, tmp_path / "a", "--dry-run", "--sample", 9, "--workers", 2)
+    prices = ("--price-per-hour", 1.5, "--price-per-gb-month", 0.02)
+    shown = run(*command, *prices).stdout
+    assert "forecast from 9 images of 3 units (seed 0)" in shown
+    header = next(line for line in shown.splitlines() if line.startswith("states\t"))
+    assert header.endswith("hours\tcompute price\tstorage a month")
+    assert [line.split("\t")[0] for line in shown.splitlines()[-5:-1]] == [
+        "1",
+        "2",
+        "3",
+        "as asked",
+    ]
+    found = json.loads(run(*command, "--json").stdout)["forecast"]
+    assert found["workers"] == 2
+    assert found["asked"]["compute_price"] is None
+    assert not (tmp_path / "a").exists()
+    run("compress", *tars, tmp_path / "a", "--runtime", "local")
+    assert "no image to look at" in run(*command).stderr
+
+
+def test_max_bytes_limits_the_streams_of_a_job(run, tmp_path):
+    tars = write_tars(tmp_path, tars=1)
+    options = ("--runtime", "local", "--max-bytes", 300, "--min-psnr", 0, "--min-tile-psnr", 0)
+    report = json.loads(run("compress", *tars, tmp_path / "a", *options, "--json").stdout)
+    assert report["histograms"]["states"]["bins"][0]["from"] == 1
+    assert report["over_max_bytes"] < report["ok"] == 6
+    assert run("compress", *tars, tmp_path / "a", "--runtime", "local", code=1).stderr
+
+
+def test_a_job_logs_events_keeps_metrics_and_leaves_a_page(run, tmp_path):
+    tars = write_tars(tmp_path)
+    log, metrics, page = tmp_path / "log.jsonl", tmp_path / "job.prom", tmp_path / "report.html"
+    options = ("--log-json", log, "--metrics-file", metrics, "--report", page)
+    run("compress", *tars, tmp_path / "a", "--runtime", "local", *options)
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert (events[0], events[-1], len(events)) == ("job_started", "job_ended", 5)
+    assert 'dicmh_images_total{archive="' in metrics.read_text()
+    assert page.read_text().startswith("<!doctype html>")
+    assert page.read_text().count("data:image/jpeg;base64,") == 9
+    assert "This run" in page.read_text()
+
+
+def test_events_on_standard_error_are_all_that_is_there(run, tmp_path):
+    tars = write_tars(tmp_path)
+    result = run("compress", *tars, tmp_path / "a", "--runtime", "local", "--log-json", "-")
+    events = [json.loads(line)["event"] for line in result.stderr.splitlines()]
+    assert events[-1] == "job_ended"
+
+
+def test_a_job_that_fails_leaves_its_page_too(run, tmp_path):
+    tar = write_tar(tmp_path / "x.tar", {"a": b"junk", "b": bmp(picture(1))})
+    page = tmp_path / "report.html"
+    options = ("--runtime", "local", "--failure-budget", 0, "--report", page)
+    run("compress", tar, tmp_path / "a", *options, code=3)
+    assert "FailureBudgetError: 1 of 2 images failed" in page.read_text()
+
+
+def test_a_report_is_made_of_an_archive_alone(run, archive, tmp_path):
+    page, facts = tmp_path / "report.html", tmp_path / "report.json"
+    assert "18 images of 3 units" in run("report", archive, "-o", page).stdout
+    assert page.read_text().count("data:image/jpeg;base64,") == 9
+    run("report", archive, "-o", page, "--no-thumbnails")
+    assert "data:image" not in page.read_text()
+    run("report", archive, "-o", facts)
+    found = json.loads(facts.read_text())
+    assert (found["rows"], found["complete"]) == (18, True)
+    assert found["histograms"]["psnr"]["count"] == 18
 
 
 def test_too_many_failures_end_with_code_3_and_the_report(run, tmp_path):
@@ -259,7 +331,8 @@ def test_version_names_the_package_and_its_libraries(run):
 
 
 @pytest.mark.parametrize(
-    "command", ["compress", "info", "verify", "decode", "ls", "train", "version", "bench"]
+    "command",
+    ["compress", "report", "info", "verify", "decode", "ls", "train", "version", "bench"],
 )
 def test_every_command_has_help(run, command):
     assert "Usage: " in run(command, "--help").stdout
@@ -281,3 +354,8 @@ def test_help_loads_nothing_heavy():
     )
     assert done.returncode == 0, done.stderr
     assert "compress" in done.stdout
+
+
+def test_times_are_written_for_people():
+    seconds = {0.4: "0 s", 59: "59 s", 61: "1 min 1 s", 7260: "2 h 1 min", 190_000: "2 d 4 h"}
+    assert {one: time_text(one) for one in seconds} == seconds

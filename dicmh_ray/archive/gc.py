@@ -34,7 +34,7 @@ DAY_S = 86400
 _KINDS = (
     re.compile(r"plan/[0-9a-f]{64}\.json"),
     re.compile(r"(commit|job)/.+\.json"),
-    re.compile(r"index/[^/]+\.parquet"),
+    re.compile(r"index/[^/]+\.(parquet|bin)"),
     re.compile(r"data/part-[^/]+\.parquet"),
     re.compile(re.escape(SCRATCH) + r".+"),
 )

@@ -11,13 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dicmh_ray.archive.commit import PARALLEL_REQUESTS, Commit, ObjectFacts
 from dicmh_ray.archive.manifest import Manifest
 from dicmh_ray.archive.store import Store
+from dicmh_ray.errors import CorruptObjectError
 
 logger = logging.getLogger(__name__)
-
-
-def joined_index_name(manifest: Manifest) -> str:
-    """Object name: two manifests with the same commits share the object."""
-    return f"index/joined-{manifest.root[:16]}.bin"
 
 
 def put_joined_index(store: Store, manifest: Manifest) -> None:
@@ -38,7 +34,24 @@ def put_joined_index(store: Store, manifest: Manifest) -> None:
         if ObjectFacts.of(commit.index.name, data) != commit.index:
             logger.warning("no joined index is written: %s is damaged", commit.index.name)
             return
-    store.put(joined_index_name(manifest), b"".join(found))
+    store.put(manifest.joined_index, b"".join(found))
+
+
+def check_joined_index(manifest: Manifest, data: bytes) -> None:
+    """Check the bytes of a joined index.
+
+    Raises:
+        CorruptObjectError: a stretch is not the index that its commit names.
+    """
+    start = 0
+    for commit in manifest.commits.values():
+        stop = start + commit.index.num_bytes
+        if ObjectFacts.of(commit.index.name, data[start:stop]) != commit.index:
+            reason = f"bytes {start} to {stop} are not {commit.index.name}"
+            raise CorruptObjectError(manifest.joined_index, reason)
+        start = stop
+    if start != len(data):
+        raise CorruptObjectError(manifest.joined_index, f"has {len(data) - start} bytes too many")
 
 
 def _index_of(store: Store, commit: Commit) -> bytes:

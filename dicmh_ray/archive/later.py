@@ -10,6 +10,7 @@ from dicmh_ray.archive.commit import (
     job_prefix,
     read_job_commits,
 )
+from dicmh_ray.archive.joined_index import put_joined_index
 from dicmh_ray.archive.manifest import Manifest
 from dicmh_ray.archive.plan import Plan, later_plan_name
 from dicmh_ray.archive.store import Store, open_store, probe
@@ -55,9 +56,14 @@ class LaterWriter(ArchiveWriter):
         if missing:
             reason = f"{missing} of {len(self.plan.units)} units are not committed"
             raise CommitFailedError(later_plan_name(self.plan.plan_id), reason)
-        return publish(
-            self._store, first, self.plan.plan_id, lambda newest: self.derive(newest, commits)
-        )
+
+        def derive(newest: Manifest) -> Manifest | None:
+            made = self.derive(newest, commits)
+            if made is not None:
+                put_joined_index(self._store, made)
+            return made
+
+        return publish(self._store, first, self.plan.plan_id, derive)
 
     def derive(self, newest: Manifest, commits: Mapping[str, Commit]) -> Manifest | None:
         """The version after ``newest`` in which these commits are published; None: impossible."""

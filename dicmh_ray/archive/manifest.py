@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from dicmh_ray.archive.commit import (
@@ -99,6 +100,11 @@ class Manifest:
         return manifest_name(self.version)
 
     @property
+    def joined_index(self) -> str:
+        """Object that has the row indexes of all units; versions of one unit have none."""
+        return f"index/joined-{self.root[:16]}.bin"
+
+    @cached_property
     def root(self) -> str:
         """SHA-256 over the lines ``<commit name> <SHA-256 of its bytes>``, in order."""
         hashed = hashlib.sha256()
@@ -116,8 +122,8 @@ class Manifest:
         return any(version.plan_id == plan_id for version in self.history)
 
     def object_names(self) -> set[str]:
-        """The commits, and the parts and indexes that they name."""
-        names = set(self.commits)
+        """The commits, the parts and indexes that they name, and the joined index."""
+        names = {*self.commits, self.joined_index}
         for commit in self.commits.values():
             names.update([commit.index.name, *(part.name for part in commit.parts)])
         return names

@@ -49,7 +49,8 @@ class RangeCache:
         """
         Args:
             folder: on a local disk; created. Any number of archives and processes may share it.
-            max_bytes: of all entries, bookkeeping included. The least recently used go first.
+            max_bytes: of all entries, bookkeeping included. The least recently used go first. The
+                journal beside them takes 16 MiB at most.
         """
         if max_bytes < 1:
             raise ValueError(f"cache_bytes is {max_bytes}, wanted 1 or more")
@@ -74,26 +75,10 @@ class RangeCache:
         """Ranges of the object with this SHA-256; None for each that is not here."""
         found: list[bytes | None] = [None if place.length else b"" for place in ranges]
         with self._transaction() as database:
-            if database is None:
-                return found
-            now = time.time()
-            for i, place in enumerate(ranges):
-                if not place.length:
-                    continue
-                row = database.execute(
-                    "SELECT id, used, crc32c, data FROM ranges WHERE key = ?",
-                    (_key(sha256, place),),
-                ).fetchone()
-                if row is None:
-                    continue
-                entry, used, crc, data = row
-                if len(data) != place.length or crc32c(data) != crc:
-                    logger.warning("%s: an entry is damaged and was dropped", self.folder)
-                    self._drop(database, entry, len(data))
-                    continue
-                if now - used > _TOUCH_S:
-                    database.execute("UPDATE ranges SET used = ? WHERE id = ?", (now, entry))
-                found[i] = data
+            if database is not None:
+                for i, place in enumerate(ranges):
+                    if place.length:
+                        found[i] = self._look_up(database, _key(sha256, place), place.length)
         return found
 
     def put(self, sha256: str, entries: Sequence[tuple[ByteRange, bytes]]) -> None:

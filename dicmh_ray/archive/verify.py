@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from dicmh_ray.archive.codec_files import CODEC_PREFIX, files_name, list_codec_files
 from dicmh_ray.archive.commit import (
+    ANALYSIS_PREFIX,
     COMMIT_PREFIX,
     Commit,
     ObjectFacts,
@@ -26,6 +27,7 @@ from dicmh_ray.archive.commit import (
     job_commit_names,
     winning_names,
 )
+from dicmh_ray.archive.joined_index import check_joined_index
 from dicmh_ray.archive.manifest import (
     MANIFEST_PREFIX,
     Expired,
@@ -193,13 +195,18 @@ class _Check:
         self.check_completeness(plan, newest, commits)
         others = self.check_older_commits(manifests[:-1], commits, plans)
         others |= self.check_open_jobs(newest, plans)
+        self.check_joined_indexes(manifests)
         self.check_codec(plan, newest, {**commits, **others})
         for number, (name, commit) in enumerate([*commits.items(), *others.items()]):
             self.known.update([commit.index.name, *(part.name for part in commit.parts)])
             self.is_newest = number < len(commits)
             if number % step == first:
                 self.check_unit(name, commit)
-        stray = [name for name in self.names if name not in self.known]
+        stray = [
+            name
+            for name in self.names
+            if name not in self.known and not name.startswith(ANALYSIS_PREFIX)
+        ]
         self.report.notes += [f"{name}: stray object, part of nothing" for name in stray]
 
     def check_plan(self) -> Plan | None:
@@ -369,6 +376,19 @@ class _Check:
                 continue
             for facts in files:
                 self.read_known(facts)
+
+    def check_joined_indexes(self, manifests: Sequence[Manifest]) -> None:
+        """Those that are there: a version may be without, its units have an index each."""
+        for manifest in manifests:
+            if manifest.joined_index not in self.names or manifest.joined_index in self.known:
+                continue
+            data = self.read(manifest.joined_index)
+            if data is None:
+                continue
+            try:
+                check_joined_index(manifest, data)
+            except CorruptObjectError as exc:
+                self.damaged(manifest.joined_index, exc)
 
     def check_unit(self, commit_object: str, commit: Commit) -> None:
         index = self.check_index(commit)

@@ -21,6 +21,7 @@ from dicmh_ray.archive.commit import (
     read_commits,
     winning_names,
 )
+from dicmh_ray.archive.joined_index import put_joined_index
 from dicmh_ray.archive.manifest import (
     MANIFEST_PREFIX,
     Manifest,
@@ -138,6 +139,7 @@ class ArchiveWriter:
             raise CommitFailedError(name, reason)
         listing = ObjectFacts.of("files.json", self._store.get(files_name(self.plan.codec_id)))
         manifest = first_manifest(self.plan, commits, listing.sha256)
+        put_joined_index(self._store, manifest)
         if _put_once(self._store, name, manifest.to_bytes()):
             return manifest
         return Manifest.from_bytes(name, self._store.get(name), self.plan)

@@ -19,7 +19,6 @@ from dicmh_ray.cli.output import (
     usage_checked,
 )
 from dicmh_ray.cli.progress import JobDisplay
-from dicmh_ray.cli.reading import FileNames
 from dicmh_ray.cli.writing import failure_budget, print_report
 from dicmh_ray.codec.icmh.official import OfficialTranscoder
 from dicmh_ray.errors import (
@@ -39,6 +38,7 @@ from dicmh_ray.pipeline.official import (
     read_sizes,
 )
 from dicmh_ray.views import ImageView, open_archive
+from dicmh_ray.views.names import FileNames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

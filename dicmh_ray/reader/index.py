@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dicmh_ray.archive import ARROW_SCHEMA, BLOBS, Commit, PartFacts, Snapshot
-from dicmh_ray.archive.joined_index import joined_index_name
 from dicmh_ray.archive.part import INDEX_SCHEMA, index_part
 from dicmh_ray.archive.ranges import ByteRange
 from dicmh_ray.errors import CorruptObjectError, RowNotFoundError
@@ -226,7 +225,7 @@ def _joined(snapshot: Snapshot, fetcher: Fetcher) -> list[bytes | None]:
         ByteRange(stop - commit.index.num_bytes, commit.index.num_bytes)
         for commit, stop in zip(snapshot.commits, stops, strict=True)
     ]
-    name = joined_index_name(snapshot.manifest)
+    name = snapshot.manifest.joined_index
     try:
         values = fetcher.ranges(name, ranges, max_gap=0).values
     except (FileNotFoundError, CorruptObjectError):
