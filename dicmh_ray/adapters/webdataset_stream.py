@@ -103,6 +103,10 @@ class WebDatasetStream:
         self._on_error: OnError = on_error
         self._loops = 0
 
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        """One loop: what a pipeline asks of its first stage."""
+        return iter(self)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Samples of this node's and this worker's share, one epoch."""
         rank, world, worker, workers = pytorch_worker_info()

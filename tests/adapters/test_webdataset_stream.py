@@ -83,7 +83,9 @@ def test_latents_and_thumbnails_stream_too(archive_uri):
         webdataset_stream(archive_uri, view="latent", codec=FakeCodec), wds.decode()
     )
     assert next(iter(latents))["npy"].shape == (3, 24, 32)
-    small = next(iter(webdataset_stream(archive_uri, view="thumbnail", format="jpg")))
+    small = next(
+        iter(webdataset_stream(archive_uri, view="thumbnail", format="jpg", codec=FakeCodec))
+    )
     assert small["jpg"][:2] == b"\xff\xd8"
 
 
@@ -93,6 +95,8 @@ def test_a_human_view_is_marked_in_picture_and_json(archive_uri):
     assert json.loads(sample["json"])["decoded"]["generated"]
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves it open
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 def test_what_was_written_as_a_tar_is_read_as_one(archive_uri, pictures, tmp_path):
     with wds.TarWriter(str(tmp_path / "out.tar")) as sink:
         for sample in webdataset_stream(archive_uri, codec=FakeCodec):
