@@ -81,3 +81,41 @@ class Slow:
 
     def __call__(self) -> FakeCodec:
         return HookedCodec(lambda _: time.sleep(self.seconds))
+
+
+@dataclass(frozen=True)
+class StopsOnce:
+    """The first process that encodes anything gets SIGTERM; ``marker`` remembers it."""
+
+    marker: str
+
+    def __call__(self) -> FakeCodec:
+        return HookedCodec(self._stop_once)
+
+    def _stop_once(self, _: npt.NDArray[np.uint8]) -> None:
+        try:
+            os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Each picture takes ``seconds``; two processes that encode at once leave ``folder/together``."""
+
+    folder: str
+    seconds: float
+
+    def __call__(self) -> FakeCodec:
+        return HookedCodec(self._be_alone)
+
+    def _be_alone(self, _: npt.NDArray[np.uint8]) -> None:
+        flag = os.path.join(self.folder, "busy")
+        try:
+            os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            os.close(os.open(os.path.join(self.folder, "together"), os.O_CREAT))
+            return
+        time.sleep(self.seconds)
+        os.unlink(flag)
