@@ -1,63 +1,37 @@
 """Body of ``dicmh compress``."""
 
-import contextlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
 
 import typer
 from rich.console import Console
 
-from dicmh_ray.archive import open_snapshot
+from dicmh_ray.cli.compress_arguments import CompressArguments
+from dicmh_ray.cli.dry_running import run_dry
 from dicmh_ray.cli.output import (
     bytes_text,
     number_text,
     print_facts,
     print_json,
-    print_table,
-    say,
     storage_options,
     tell,
     told_in_one_line,
     usage_checked,
 )
 from dicmh_ray.cli.progress import JobDisplay
-from dicmh_ray.cli.tagger_options import TaggerArguments
-from dicmh_ray.errors import ArchiveNotFoundError
-from dicmh_ray.pipeline import EncodeOptions, EncodePolicy, JobReport
+from dicmh_ray.cli.reporting import write_job_page
+from dicmh_ray.errors import DicmhError
+from dicmh_ray.pipeline import EncodeOptions, EncodePolicy, JobObserver, JobReport
 from dicmh_ray.pipeline.encode import FAILURE_CAUSES
-from dicmh_ray.pipeline.job import plan_append
+from dicmh_ray.pipeline.event_log import JsonEventLog
+from dicmh_ray.pipeline.metrics import MetricsObserver, TextfileSink
 from dicmh_ray.ray_plugin import RayOptions, compress
-from dicmh_ray.source import SourceOptions, plan_units
 
-DRY_RUN_UNITS = 20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CompressArguments:
-    """The command line of ``compress``, not yet checked."""
-
-    sources: Sequence[str]
-    archive: str
-    runtime: Any
-    policy: dict[str, Any]
-    source: dict[str, Any]
-    checkpoint: str
-    device: str
-    threads: int | None
-    workers: int | None
-    ray_address: str | None
-    resume: bool
-    failure_budget: str
-    storage_options: Sequence[str]
-    tagger: TaggerArguments | None = None
-    append: bool = False
-
-    def source_options(self) -> SourceOptions:
-        """How sources are read."""
-        source = {**self.source, "tag_fields": tuple(self.source["tag_fields"])}
-        remote = storage_options(self.storage_options, *self.sources)
-        return SourceOptions(**source, storage_options=remote)
+STANDARD_ERROR = "-"
+"""In the place of a file name."""
 
 
 def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) -> None:
@@ -65,16 +39,23 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
     with usage_checked():
         policy = EncodePolicy(**arguments.policy)
         source_options = arguments.source_options()
-        ray_options = RayOptions(address=arguments.ray_address, workers=arguments.workers)
+        ray_options = RayOptions(
+            address=arguments.ray_address,
+            workers=arguments.workers,
+            max_concurrency=arguments.max_concurrency,
+        )
         budget = failure_budget(arguments.failure_budget)
     with told_in_one_line():
         tagger = arguments.tagger.spec(arguments.checkpoint) if arguments.tagger else None
     if dry_run:
-        with told_in_one_line():
-            _print_plan(arguments, source_options, as_json=as_json)
+        run_dry(arguments, policy, source_options, tagger, as_json=as_json)
         return
-    display = JobDisplay(Console(stderr=True, markup=False, highlight=False))
-    with told_in_one_line():
+    display = JobDisplay(
+        Console(stderr=True, markup=False, highlight=False),
+        is_quiet=arguments.log_json == STANDARD_ERROR,
+    )
+    with told_in_one_line(), ExitStack() as stack:
+        observers = observers_of(arguments, stack)
         try:
             with display:
                 report = compress(
@@ -87,6 +68,7 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
                     append=arguments.append,
                     failure_budget=budget,
                     progress=display,
+                    observers=observers,
                     source_options=source_options,
                     encode_options=EncodeOptions(
                         device=arguments.device, threads=arguments.threads
@@ -95,13 +77,46 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
                     ray_options=ray_options,
                     storage_options=storage_options(arguments.storage_options, arguments.archive),
                 )
-        except BaseException:
+        except BaseException as exc:
             if display.last is not None:
                 print_report(display.last, as_json=as_json)
+                write_report(arguments, display.last, error=exc)
                 if display.last.manifest is None:
                     tell("what is committed stays; the same command goes on from there")
             raise
     print_report(report, as_json=as_json)
+    write_report(arguments, report)
+
+
+def observers_of(arguments: CompressArguments, stack: ExitStack) -> list[JobObserver]:
+    """Logs and metrics, as the command line asks for them; files are closed with the stack."""
+    observers: list[JobObserver] = []
+    if arguments.log_json is not None:
+        stream: TextIO = sys.stderr
+        if arguments.log_json != STANDARD_ERROR:
+            file = Path(arguments.log_json).open("a", encoding="utf-8")  # noqa: SIM115  the stack's
+            stream = stack.enter_context(file)
+        observers.append(JsonEventLog(stream))
+    if arguments.metrics_file is not None:
+        observers.append(MetricsObserver(TextfileSink(path=arguments.metrics_file)))
+    return observers
+
+
+def write_report(
+    arguments: CompressArguments, report: JobReport, error: BaseException | None = None
+) -> None:
+    """Write the page, or the JSON, that was asked for. That it cannot be written is told."""
+    path = arguments.report
+    if path is None:
+        return
+    try:
+        if path.suffix == ".json":
+            path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        else:
+            options = storage_options(arguments.storage_options, arguments.archive)
+            write_job_page(path, report, options, error=error)
+    except (DicmhError, OSError) as exc:
+        tell(f"error: the report is not written: {exc}")
 
 
 def failure_budget(text: str) -> float:
@@ -113,35 +128,6 @@ def failure_budget(text: str) -> float:
     if not isinstance(budget, int) and not 0 <= budget <= 1:
         raise typer.BadParameter(f"--failure-budget {text}: a share is between 0 and 1")
     return budget
-
-
-def _print_plan(
-    arguments: CompressArguments, source_options: SourceOptions, *, as_json: bool
-) -> None:
-    remote = storage_options(arguments.storage_options, arguments.archive)
-    committed = 0
-    if arguments.append:
-        base = open_snapshot(arguments.archive, storage_options=remote)
-        units = plan_append(arguments.sources, base, source_options)
-    else:
-        units = plan_units(arguments.sources, options=source_options)
-        with contextlib.suppress(ArchiveNotFoundError):
-            committed = len(open_snapshot(arguments.archive, storage_options=remote).commits)
-    total = sum(unit.num_bytes for unit in units)
-    if as_json:
-        listed = [asdict(unit) for unit in units]
-        print_json({"units": listed, "num_bytes": total, "committed": committed})
-        return
-    rows = []
-    for unit in units[:DRY_RUN_UNITS]:
-        where = unit.uri if isinstance(unit.uri, str) else f"{len(unit.uri)} files: {unit.uri[0]}"
-        if unit.start is not None:
-            where += f" row groups {unit.start} to {unit.stop}"
-        rows.append((unit.name, unit.kind, where, bytes_text(unit.num_bytes)))
-    print_table(("unit", "kind", "source", "bytes"), rows)
-    if len(units) > DRY_RUN_UNITS:
-        say(f"... and {len(units) - DRY_RUN_UNITS} more")
-    say(f"{len(units)} units, {bytes_text(total)}; {committed} are committed already")
 
 
 def print_report(report: JobReport, *, as_json: bool) -> None:

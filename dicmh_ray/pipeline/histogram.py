@@ -71,11 +71,13 @@ class Histogram:
                 return low + (high - low) * min(1.0, max(0.0, inside))
         return None
 
-    def columns(self) -> list[tuple[float, float, int]]:
-        """Lower edge, upper edge and count of every bin from the first to the last, gaps too."""
-        if not self.bins:
-            return []
-        numbers = range(min(self.bins), max(self.bins) + 1)
+    def columns(self, numbers: range | None = None) -> list[tuple[float, float, int]]:
+        """Lower edge, upper edge and count of every bin from the first to the last, gaps too.
+
+        Or of the bins with these numbers.
+        """
+        if numbers is None:
+            numbers = range(min(self.bins), max(self.bins) + 1) if self.bins else range(0)
         return [(self.scale.edge(n), self.scale.edge(n + 1), self.bins.get(n, 0)) for n in numbers]
 
     def packed(self) -> list[float]:

@@ -214,13 +214,11 @@ def plan_job(
     policy = policy or EncodePolicy()
     source_options = source_options or SourceOptions()
     base = open_snapshot(archive, storage_options=storage_options) if append else None
-    checkpoint = Checkpoint.open(codec)
+    checkpoint = choose_checkpoint(codec, base)
     if base is None:
         units = plan_units(sources, options=source_options)
     else:
         units = plan_append(sources, base, source_options)
-        if codec == DEFAULT_CHECKPOINT and checkpoint.codec_id != base.codec_id:
-            checkpoint = Checkpoint(codec_id=base.codec_id, files=base.codec_files())
     parameters: dict[str, Any] = {"policy": policy.to_dict(), "source": source_options.to_dict()}
     if policy.suggest_tags and checkpoint.factory is None:
         # The codec_id does not cover the tagger, but rows depend on it.
@@ -245,6 +243,20 @@ def plan_job(
         tagger=tagger,
     )
     return job, todo, report
+
+
+def choose_checkpoint(
+    codec: str | Path | Callable[[], ImageCodec], base: Snapshot | None
+) -> Checkpoint:
+    """The codec of a job; one that adds to an archive takes the archive's where none is named.
+
+    Raises:
+        WeightsError: the checkpoint is missing or incomplete.
+    """
+    checkpoint = Checkpoint.open(codec)
+    if base is not None and codec == DEFAULT_CHECKPOINT and checkpoint.codec_id != base.codec_id:
+        return Checkpoint(codec_id=base.codec_id, files=base.codec_files())
+    return checkpoint
 
 
 def plan_append(sources: Sequence[str], base: Snapshot, options: SourceOptions) -> list[Unit]:

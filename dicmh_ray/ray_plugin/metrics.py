@@ -5,38 +5,48 @@ Ray's agents serve them to Prometheus on every node; the driver of the job feeds
 
 from collections.abc import Mapping
 
+import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from dicmh_ray.pipeline.metrics import Metric
 
 
 class RayMetricSink:
-    """A :class:`~dicmh_ray.pipeline.metrics.MetricSink`. Needs a connection to Ray."""
+    """A :class:`~dicmh_ray.pipeline.metrics.MetricSink`, for as long as there is a connection to Ray.
+
+    What a job says after that, its end, is nowhere to be told: Ray drops the values of a driver
+    that left.
+    """
 
     def __init__(self) -> None:
-        self._made: dict[str, Counter | Gauge | Histogram] = {}
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._histograms: dict[str, Histogram] = {}
 
     def add(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
         """Increase a counter. Ray takes no zero: a counter appears with its first count."""
-        if value:
-            self._get(metric, Counter).inc(value, dict(labels))
+        if not value or not ray.is_initialized():
+            return
+        if metric.name not in self._counters:
+            self._counters[metric.name] = Counter(metric.name, metric.help, tuple(labels))
+        self._counters[metric.name].inc(value, dict(labels))
 
     def set(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
         """Set a gauge."""
-        self._get(metric, Gauge).set(value, dict(labels))
+        if not ray.is_initialized():
+            return
+        if metric.name not in self._gauges:
+            self._gauges[metric.name] = Gauge(metric.name, metric.help, tuple(labels))
+        self._gauges[metric.name].set(value, dict(labels))
 
     def observe(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
         """Count a value in a histogram."""
-        self._get(metric, Histogram).observe(value, dict(labels))
+        if not ray.is_initialized():
+            return
+        if metric.name not in self._histograms:
+            made = Histogram(metric.name, metric.help, list(metric.buckets), tuple(labels))
+            self._histograms[metric.name] = made
+        self._histograms[metric.name].observe(value, dict(labels))
 
     def flush(self, *, is_last: bool) -> None:
         """Ray sends values by itself."""
-
-    def _get(self, metric: Metric, kind: type) -> "Counter | Gauge | Histogram":
-        if metric.name not in self._made:
-            tag_keys = ("archive",) if metric.label is None else ("archive", metric.label)
-            more = {"boundaries": list(metric.buckets)} if kind is Histogram else {}
-            self._made[metric.name] = kind(
-                metric.name, description=metric.help, tag_keys=tag_keys, **more
-            )
-        return self._made[metric.name]

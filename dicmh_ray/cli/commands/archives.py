@@ -43,6 +43,7 @@ class View(StrEnum):
 
     MACHINE = "machine"
     HUMAN = "human"
+    THUMBNAIL = "thumbnail"
     LATENT = "latent"
     ORIGINAL = "original"
 
@@ -52,6 +53,7 @@ class Format(StrEnum):
 
     PNG = "png"
     JPG = "jpg"
+    WEBP = "webp"
     NPY = "npy"
 
 
@@ -77,6 +79,10 @@ def compress(
     ] = None,
     target_bpp: Annotated[
         float | None, typer.Option(help="Write the most states within so many bits per pixel.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="No stream gets a state that makes it longer; each has one."),
     ] = None,
     min_psnr: Annotated[float, typer.Option(help="Floor in dB, whole picture.")] = 30.0,
     min_tile_psnr: Annotated[float, typer.Option(help="Floor in dB, worst 64x64 tile.")] = 24.0,
@@ -132,9 +138,33 @@ def compress(
         typer.Option(metavar="N|SHARE", help="Failed images tolerated: 100, or 0.05 for 5 %."),
     ] = "0.1",
     storage_option: StorageOption = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Ray: units in flight at once, over the whole job.")
+    ] = None,
+    log_json: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Append events as JSON lines; `-` is standard error."),
+    ] = None,
+    metrics_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.prom", help="Keep metrics there, in Prometheus' text format."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a summary at the end: a page, or *.json."),
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the units and totals; write nothing.")
+        bool, typer.Option("--dry-run", help="List units, predict size and time; write nothing.")
     ] = False,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Dry run: images to encode; 0 only lists the units.")
+    ] = 40,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Dry run: of one worker.")
+    ] = None,
+    price_per_gb_month: Annotated[
+        float | None, typer.Option(min=0, help="Dry run: of stored 10^9 bytes.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compress a collection into an archive; the same command again goes on where it stopped.
@@ -153,9 +183,12 @@ def compress(
         dicmh compress photos/ archive/ --tagger siglip:models/siglip --vocabulary words.txt
 
         dicmh compress 'shards/*.tar' s3://bucket/archive --append
+
+        dicmh compress 'shards/*.tar' s3://bucket/archive --dry-run --price-per-hour 0.9
     """
+    from dicmh_ray.cli.compress_arguments import CompressArguments
     from dicmh_ray.cli.tagger_options import HEAD, TaggerArguments
-    from dicmh_ray.cli.writing import CompressArguments, run_compress
+    from dicmh_ray.cli.writing import run_compress
 
     options = {"vocabulary": vocabulary, "threshold": threshold, "top_k": top_k}
     if tagger in (None, HEAD) and (prompt or any(value is not None for value in options.values())):
@@ -171,6 +204,7 @@ def compress(
             policy={
                 "states": states,
                 "target_bpp": target_bpp,
+                "max_bytes": max_bytes,
                 "min_psnr": min_psnr,
                 "min_worst_tile_psnr": min_tile_psnr,
                 "keep_original": keep_original.value,
@@ -189,6 +223,13 @@ def compress(
             ray_address=ray_address,
             resume=resume,
             append=append,
+            max_concurrency=max_concurrency,
+            log_json=log_json,
+            metrics_file=metrics_file,
+            report=report,
+            sample=sample,
+            price_per_hour=price_per_hour,
+            price_per_gb_month=price_per_gb_month,
             failure_budget=failure_budget,
             storage_options=storage_option or [],
             tagger=None
@@ -203,6 +244,42 @@ def compress(
         ),
         dry_run=dry_run,
         as_json=as_json,
+    )
+
+
+@app.command()
+def report(
+    archive: ArchiveArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="A page, or *.json.")
+    ],
+    thumbnails: Annotated[
+        bool, typer.Option(help="Decode the worst images for the page; loads the codec.")
+    ] = True,
+    version: VersionOption = None,
+    device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
+) -> None:
+    """Write a summary of an archive: rates, quality, sizes, failures, the worst images.
+
+    The page is one file that needs no other. Numbers come from the commits; rows are read only where
+    commits have none.
+
+    Examples:
+
+        dicmh report archive/ -o report.html
+
+        dicmh report s3://bucket/archive -o report.json
+    """
+    from dicmh_ray.cli.reporting import run_report
+
+    run_report(
+        archive,
+        storage_option or [],
+        output=output,
+        thumbnails=thumbnails,
+        version=version,
+        device=device,
     )
 
 
