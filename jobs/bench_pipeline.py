@@ -1,99 +1,539 @@
-"""What Ray costs: images for each second of processor time, on Ray and in a bare loop.
+"""What an engine costs: the same pictures encoded in a bare loop, by us, and by what others build.
 
     python jobs/bench_pipeline.py 'shards/*.tar'
+    python jobs/bench_pipeline.py --make 400 --codec zlib --json figures.json
+    python jobs/bench_pipeline.py --huge 3
 
-The bare loop reads, decodes, encodes and measures the same images in one process with one thread,
-and writes nothing. The Ray path does all a job does: the same, and Parquet parts, hashes, commits.
-Start-up (processes, imports, loading the codec) is left out on both sides; the driver's processor
-time while the job runs is charged to Ray. Processor time, not wall time, because that is what
-stays comparable on a machine that has other work.
+Every way does the same to each picture (read, decode, encode, choose states, measure). The bare loop
+does it in one process with one thread, and writes nothing. Our pipeline writes an archive: Parquet
+parts, hashes, indexes, commits. The process pool is what img2dataset does: a shard for each task, a
+Parquet file and a JSON file of statistics. Ray Data is `read_webdataset`, `map_batches` with actors,
+`write_parquet`, as its documentation shows it.
+
+Two figures each. Pictures a second of processor time, over all processes of the engine: what stays
+comparable on a machine that has other work. Pictures a second of wall time and worker, from the
+moment at which the first codec was loaded. Start-up (processes, imports, loading the codec) is apart.
+
+``--huge`` compresses pictures of 50 megapixels instead and says how much memory a worker took.
 """
 
+# What Ray sets for its workers; else numpy's threads spin in the loops that it is compared with.
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import argparse
+import dataclasses
+import io
 import itertools
+import json
+import multiprocessing
 import sys
+import tarfile
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before ray is imported, which reads what this sets in the environment.
+from dicmh_ray.ray_plugin.cluster import start_local_ray  # isort: skip
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from PIL import Image
 
 from dicmh_ray import EncodePolicy, SourceOptions, compress, load_codec
+from dicmh_ray.archive import EncodedImage
 from dicmh_ray.bench import describe_environment
-from dicmh_ray.pipeline import EncodeOptions, encode_images
+from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bitstream
+from dicmh_ray.codec import ImageCodec, Quality
+from dicmh_ray.pipeline import EncodeOptions, JobReport, encode_images
 from dicmh_ray.ray_plugin import RayOptions
-from dicmh_ray.source import plan_units, read_unit
+from dicmh_ray.source import SourceImage, Unit, plan_units, read_unit
+
+OPTIONS = SourceOptions()
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class ZlibCodec:
+    """A codec that costs next to nothing: two states of four bits, packed by zlib."""
+
+    def __init__(self) -> None:
+        self.codec_id = "2b" * 32
+        self.num_states = 2
+        self.latent_channels = 3
+        self.views: tuple[str, ...] = ("machine",)
+
+    def encode(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        tags: Sequence[Sequence[str]],
+        exif_orientations: Sequence[int],
+    ) -> list[bytes]:
+        """See ImageCodec."""
+        streams = []
+        for image, own, orientation in zip(images, tags, exif_orientations, strict=True):
+            states = []
+            for plane in (image >> 4, image & 15):
+                data = plane.tobytes()
+                states.append(State(zlib.compress(data, 1), crc32c(data)))
+            header = Header(
+                codec_id=self.codec_id,
+                width=image.shape[1],
+                height=image.shape[0],
+                exif_orientation=orientation,
+                num_states=2,
+            )
+            streams.append(write_bitstream(header, own, states))
+        return streams
+
+    def decode(
+        self, bitstreams: Sequence[bytes], *, states: int | None = None, view: str = "machine"
+    ) -> list[npt.NDArray[np.uint8]]:
+        """See ImageCodec."""
+        images = []
+        for stream in map(parse_bitstream, bitstreams):
+            shape = (stream.header.height, stream.header.width, 3)
+            image = np.full(shape, 8 if len(stream.states[:states]) == 1 else 0, np.uint8)
+            for state, shift in zip(stream.states[:states], (4, 0), strict=False):
+                plane = np.frombuffer(zlib.decompress(state.payload), np.uint8)
+                image += plane.reshape(shape) << shift
+            images.append(image)
+        return images
+
+    def decode_latent(
+        self, bitstreams: Sequence[bytes], *, states: int | None = None
+    ) -> list[npt.NDArray[np.float16]]:
+        """See ImageCodec."""
+        return [
+            np.moveaxis(image, 2, 0).astype(np.float16)
+            for image in self.decode(bitstreams, states=states)
+        ]
+
+    def measure(
+        self,
+        originals: Sequence[npt.NDArray[np.uint8]],
+        decoded: Sequence[npt.NDArray[np.uint8]],
+    ) -> list[Quality]:
+        """See ImageCodec."""
+        qualities = []
+        for a, b in zip(originals, decoded, strict=True):
+            error = a.astype(np.int16) - b
+            db = min(100.0, float(10 * np.log10(65025 / max(float(np.mean(error * error)), 1e-9))))
+            qualities.append(Quality(db, db, None))
+        return qualities
+
+
+@dataclass(frozen=True)
+class NotedCodec:
+    """Makes the codec, and notes for the benchmark what that cost. Pickles."""
+
+    name: str
+    notes: str
+    driver: int = dataclasses.field(default_factory=os.getpid)
+
+    def __call__(self) -> ImageCodec:
+        """The codec, in this process."""
+        before = time.process_time()
+        codec: ImageCodec = (
+            ZlibCodec() if self.name == "zlib" else load_codec(self.name, device="cpu", threads=1)
+        )
+        # In a worker everything until now is start-up: its imports, too.
+        spent = time.process_time() - (before if os.getpid() == self.driver else 0.0)
+        note = {"pid": os.getpid(), "cpu": spent, "at": time.time()}
+        Path(self.notes, f"{os.getpid()}-{time.time_ns()}.json").write_text(json.dumps(note))
+        return codec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rate:
+class Way:
     """What one way of running came to."""
 
     name: str
+    workers: int
     images: int
     cpu_seconds: float
+    """Of all its processes, without what :class:`NotedCodec` calls start-up."""
+
     wall_seconds: float
+    """From the first codec on."""
+
+    startup_seconds: float
+    """Until then."""
+
+    worker_bytes: int
+    """The most that one of its processes had in memory."""
 
     @property
-    def per_core(self) -> float:
+    def per_cpu_second(self) -> float:
         """Images for each second of one busy core."""
         return self.images / self.cpu_seconds
 
+    @property
+    def per_worker_second(self) -> float:
+        """Images for each second and worker."""
+        return self.images / self.wall_seconds / self.workers
 
-def bare_loop(sources: Sequence[str], num_images: int | None) -> Rate:
-    """A loop in this process."""
-    codec = load_codec(device="cpu", threads=1)
-    options = SourceOptions()
-    units = plan_units(sources, options=options)
-    images = itertools.chain.from_iterable(read_unit(unit, options=options) for unit in units)
-    wall, cpu = time.perf_counter(), time.process_time()
-    rows = encode_images(itertools.islice(images, num_images), codec, EncodePolicy())
-    count = sum(1 for _ in rows)
-    return Rate(
-        name="bare loop",
-        images=count,
-        cpu_seconds=time.process_time() - cpu,
-        wall_seconds=time.perf_counter() - wall,
+
+class Watch:
+    """Looks at this process and its descendants: processor time and memory.
+
+    Processes are seen four times a second, and keep what they had when they were seen last: nobody
+    else knows what an actor that was killed has spent.
+    """
+
+    def __init__(self) -> None:
+        self.worker_bytes = 0
+        self._before = cpu_of_family()
+        self._last = dict(self._before)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop looking."""
+        self._stop.set()
+        self._thread.join()
+        self._last |= cpu_of_family()
+
+    def cpu_seconds(self, startup: Mapping[int, float]) -> float:
+        """Of all processes since the start, without what each had spent for its start-up.
+
+        Args:
+            startup: process -> processor seconds of its life that are not charged. Those that
+                were there before count from then.
+        """
+        total = 0.0
+        for pid, last in self._last.items():
+            free = startup.get(pid, 0.0) if pid != os.getpid() else 0.0
+            total += max(0.0, last - max(self._before.get(pid, 0.0), free))
+        return total - startup.get(os.getpid(), 0.0)
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.25):
+            now = cpu_of_family()
+            self._last |= now
+            self.worker_bytes = max(self.worker_bytes, *(peak_bytes(pid) for pid in now))
+
+
+def stat_of(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat after the name; empty when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def family(root: int) -> list[int]:
+    """A process and its descendants."""
+    parents = {
+        int(entry.name): int(fields[1])
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and (fields := stat_of(int(entry.name)))
+    }
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def cpu_of_family() -> dict[int, float]:
+    """Processor seconds of this process and each of its descendants."""
+    fields = {pid: stat_of(pid) for pid in family(os.getpid())}
+    return {pid: sum(map(int, found[11:13])) / TICKS for pid, found in fields.items() if found}
+
+
+def peak_bytes(pid: int) -> int:
+    """The most that a process had in memory, its own pages; 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = [line.split()[1] for line in text.splitlines() if line.startswith("VmHWM:")]
+    return 1024 * int(found[0]) if found else 0
+
+
+def measured(name: str, workers: int, codec: str, run: Callable[[NotedCodec, Path], int]) -> Way:
+    """Run one way in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory(prefix="dicmh-bench-") as folder:
+        notes, output = Path(folder, "notes"), Path(folder, "output")
+        notes.mkdir()
+        output.mkdir()
+        watch, started = Watch(), time.time()
+        images = run(NotedCodec(codec, str(notes)), output)
+        ended = time.time()
+        watch.end()
+        loads = [json.loads(path.read_text()) for path in notes.iterdir()]
+    in_workers = [note for note in loads if note["pid"] != os.getpid()] or loads
+    first = min(note["at"] for note in in_workers)
+    return Way(
+        name=name,
+        workers=workers,
+        images=images,
+        cpu_seconds=watch.cpu_seconds({note["pid"]: note["cpu"] for note in loads}),
+        wall_seconds=ended - first,
+        startup_seconds=first - started,
+        worker_bytes=watch.worker_bytes,
     )
 
 
-def on_ray(sources: Sequence[str], workers: int | None) -> Rate:
-    """A job on a local Ray, into a folder that is thrown away."""
-    with tempfile.TemporaryDirectory(prefix="dicmh-bench-") as folder:
-        cpu = time.process_time()
-        report = compress(
-            sources,
-            f"{folder}/archive",
+def images_of(units: Iterable[Unit]) -> Iterator[SourceImage]:
+    """All images of units."""
+    return itertools.chain.from_iterable(read_unit(unit, options=OPTIONS) for unit in units)
+
+
+def columns_of(row: EncodedImage) -> dict[str, Any]:
+    """What the plain writers keep of a row."""
+    return {
+        "key": row.key, "status": row.status, "width": row.width, "height": row.height,
+        "psnr": row.psnr, "sha256": row.original_sha256, "stream": row.base + row.detail,
+        "original": row.original,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ways:
+    """The ways, on one collection."""
+
+    sources: Sequence[str]
+    policy: EncodePolicy
+
+    def bare_loop(self, codec: NotedCodec, _: Path) -> int:
+        """One process, one thread, nothing written."""
+        made = codec()
+        options = EncodeOptions(load_threads=0)
+        units = plan_units(self.sources, options=OPTIONS)
+        rows = encode_images(images_of(units), made, self.policy, options=options)
+        return sum(1 for _ in rows)
+
+    def ours(self, workers: int) -> Callable[[NotedCodec, Path], int]:
+        """Our pipeline on Ray."""
+
+        def run(codec: NotedCodec, output: Path) -> int:
+            report = self.report(codec, output, workers)
+            return report.tally.images
+
+        return run
+
+    def report(self, codec: NotedCodec, output: Path, workers: int) -> JobReport:
+        """The report of our pipeline."""
+        return compress(
+            self.sources,
+            str(output / "archive"),
+            codec=codec,
+            policy=self.policy,
             encode_options=EncodeOptions(device="cpu", threads=1),
-            ray_options=RayOptions(workers=workers),
+            ray_options=RayOptions(workers=workers, min_workers=workers),
             failure_budget=1.0,
         )
-        driver = time.process_time() - cpu
-    return Rate(
-        name=f"Ray, {report.workers} workers",
-        images=report.tally.images,
-        cpu_seconds=report.cpu_seconds + driver,
-        wall_seconds=report.seconds,
-    )
+
+    def process_pool(self, workers: int) -> Callable[[NotedCodec, Path], int]:
+        """As img2dataset: a shard for each task of a pool of processes."""
+
+        def run(codec: NotedCodec, output: Path) -> int:
+            units = plan_units(self.sources, options=OPTIONS)
+            tasks = [(unit, self.policy, str(output)) for unit in units]
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, context, load_in_pool, (codec,)) as pool:
+                return sum(pool.map(write_shard, tasks))
+
+        return run
+
+    def ray_data(self, workers: int) -> Callable[[NotedCodec, Path], int]:
+        """As Ray Data's documentation shows it."""
+
+        def run(codec: NotedCodec, output: Path) -> int:
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            images = ray.data.read_webdataset(list(self.sources), decoder=False)
+            # Half a core claimed: with a whole one each, reading would find no core, and wait.
+            rows = images.map_batches(
+                BatchEncoder,
+                fn_constructor_args=(codec, self.policy),
+                batch_size=32,
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_cpus=0.5,
+            )
+            rows.write_parquet(str(output / "rows"))
+            files = (output / "rows").glob("*.parquet")
+            return sum(pq.read_metadata(path).num_rows for path in files)
+
+        return run
+
+
+class BatchEncoder:
+    """What Ray Data's actors run."""
+
+    def __init__(self, codec: NotedCodec, policy: EncodePolicy) -> None:
+        self._codec, self._policy = codec(), policy
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """A batch of undecoded images -> a batch of rows."""
+        images = (
+            SourceImage(key=str(key), data=bytes(data), source_uri="")
+            for key, data in zip(batch["__key__"], batch["jpg"], strict=True)
+        )
+        options = EncodeOptions(load_threads=0)
+        rows = [
+            columns_of(row)
+            for row in encode_images(images, self._codec, self._policy, options=options)
+        ]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+_loaded: list[ImageCodec] = []
+"""The codec of a process of the pool."""
+
+
+def load_in_pool(codec: NotedCodec) -> None:
+    """Start a process of the pool."""
+    _loaded.append(codec())
+
+
+def write_shard(task: tuple[Unit, EncodePolicy, str]) -> int:
+    """One shard, in a process of the pool."""
+    unit, policy, output = task
+    options = EncodeOptions(load_threads=0)
+    started = time.perf_counter()
+    rows = [
+        columns_of(row)
+        for row in encode_images(images_of([unit]), _loaded[0], policy, options=options)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), f"{output}/{unit.name}.parquet")
+    facts = {"count": len(rows), "seconds": time.perf_counter() - started}
+    Path(output, f"{unit.name}_stats.json").write_text(json.dumps(facts))
+    return len(rows)
+
+
+def make_collection(folder: Path, *, images: int, per_tar: int, side: int) -> list[str]:
+    """Tars of JPEGs of ``side`` by three quarters of it: coarse noise, enlarged, and fine noise."""
+    rng = np.random.default_rng(5)
+    width, height = side, 3 * side // 4
+    tars = []
+    for first in range(0, images, per_tar):
+        path = folder / f"shard-{first // per_tar:04d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for number in range(first, min(first + per_tar, images)):
+                coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+                picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
+                grain = rng.integers(0, 12, (min(height, 512), min(width, 512), 1), np.uint8)
+                tile = np.tile(grain, (-(-height // len(grain)), -(-width // len(grain[0])), 1))
+                samples = np.asarray(picture) // 2 + 40 + tile[:height, :width]
+                buffer = io.BytesIO()
+                Image.fromarray(samples.astype(np.uint8)).save(buffer, "JPEG", quality=90)
+                info = tarfile.TarInfo(f"{number:06d}.jpg")
+                info.size = buffer.tell()
+                tar.addfile(info, io.BytesIO(buffer.getvalue()))
+        tars.append(str(path))
+    return tars
+
+
+@contextmanager
+def local_ray(workers: int) -> Iterator[None]:
+    """A Ray of this machine, started outside of what is measured."""
+    start_local_ray(max(2, workers))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def compare(sources: Sequence[str], codec: str, policy: EncodePolicy, workers: int) -> list[Way]:
+    """Run every way."""
+    ways = Ways(sources=sources, policy=policy)
+    found = [measured("bare loop", 1, codec, ways.bare_loop)]
+    many = f"{workers} processes"
+    found.append(measured(f"process pool, {many}", workers, codec, ways.process_pool(workers)))
+    with local_ray(workers):
+        for count in sorted({1, workers}):
+            name = f"dicmh, {count} actor{'s' * (count > 1)}"
+            found.append(measured(name, count, codec, ways.ours(count)))
+        found.append(
+            measured(f"Ray Data, {workers} actors", workers, codec, ways.ray_data(workers))
+        )
+    return found
+
+
+def measure_memory(images: int, codec: str, policy: EncodePolicy) -> dict[str, Any]:
+    """Pictures of 50 megapixels through one of our actors: what its process took."""
+    with tempfile.TemporaryDirectory(prefix="dicmh-huge-") as folder, local_ray(1):
+        sources = make_collection(Path(folder), images=images, per_tar=images, side=8165)
+        way = measured("dicmh, 50 MP", 1, codec, Ways(sources=sources, policy=policy).ours(1))
+        empty = make_collection(Path(folder), images=1, per_tar=1, side=64)
+        idle = measured("dicmh, 64x48", 1, codec, Ways(sources=empty, policy=policy).ours(1))
+    return {
+        "images": way.images,
+        "megapixels": 8165 * 6123 / 1e6,
+        "seconds_per_image": way.wall_seconds / way.images,
+        "worker_peak_bytes": way.worker_bytes,
+        "worker_peak_bytes_with_small_pictures": idle.worker_bytes,
+    }
 
 
 def main() -> int:
-    """Run both and print a table."""
-    parser = argparse.ArgumentParser(description="Images per busy core: Ray against a bare loop.")
-    parser.add_argument("sources", nargs="+", metavar="SRC")
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--loop-images", type=int, help="of the bare loop; default: all")
+    """Run, print a table, return 0 when two actors keep 0.95 of the bare loop's rate a core."""
+    parser = argparse.ArgumentParser(description="Pictures a core: engines against a bare loop.")
+    parser.add_argument("sources", nargs="*", metavar="SRC", help="tars of JPEGs")
+    parser.add_argument("--make", type=int, default=400, help="pictures, when no SRC is given")
+    parser.add_argument("--side", type=int, default=320, help="width of these")
+    parser.add_argument("--codec", default="default", help="a checkpoint, or zlib: a light one")
+    parser.add_argument("--states", type=int, default=2, help="written of each picture")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--huge", type=int, help="so many pictures of 50 megapixels instead")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
-    loop = bare_loop(options.sources, options.loop_images)
-    ray = on_ray(options.sources, options.workers)
-    print("\n".join(describe_environment(" ".join(sys.argv)).lines()))
-    print(f"\n{'':20} {'images':>8} {'CPU s':>9} {'wall s':>9} {'images/s/core':>14} {'ratio':>7}")
-    for rate in (loop, ray):
-        print(
-            f"{rate.name:20} {rate.images:8} {rate.cpu_seconds:9.1f} {rate.wall_seconds:9.1f} "
-            f"{rate.per_core:14.2f} {rate.per_core / loop.per_core:7.2f}"
+    policy = EncodePolicy(states=options.states, min_psnr=0, min_worst_tile_psnr=0)
+    environment = describe_environment(" ".join(sys.argv))
+    print("\n".join(environment.lines()))
+    if options.huge:
+        memory = measure_memory(options.huge, options.codec, policy)
+        print(json.dumps(memory, indent=1))
+        if options.json:
+            options.json.write_text(
+                json.dumps({"memory": memory, "environment": environment.lines()})
+            )
+        return 0
+    with tempfile.TemporaryDirectory(prefix="dicmh-bench-") as folder:
+        sources = options.sources or make_collection(
+            Path(folder), images=options.make, per_tar=20, side=options.side
         )
-    print("wall seconds of Ray include the start of its workers")
-    return 0 if ray.per_core >= 0.9 * loop.per_core else 1
+        ways = compare(sources, options.codec, policy, options.workers)
+    loop = ways[0]
+    print(
+        f"\n{'':28} {'images':>7} {'CPU s':>7} {'images/CPU s':>13} {'ratio':>6} "
+        f"{'wall s':>7} {'images/s/worker':>16} {'ratio':>6} {'start s':>8} {'MiB':>6}"
+    )
+    for way in ways:
+        print(
+            f"{way.name:28} {way.images:7} {way.cpu_seconds:7.1f} {way.per_cpu_second:13.2f} "
+            f"{way.per_cpu_second / loop.per_cpu_second:6.2f} {way.wall_seconds:7.1f} "
+            f"{way.per_worker_second:16.2f} {way.per_worker_second / loop.per_worker_second:6.2f} "
+            f"{way.startup_seconds:8.1f} {way.worker_bytes / 2**20:6.0f}"
+        )
+    if options.json:
+        figures = [
+            dataclasses.asdict(way)
+            | {
+                "ratio_per_cpu_second": way.per_cpu_second / loop.per_cpu_second,
+                "ratio_per_worker_second": way.per_worker_second / loop.per_worker_second,
+            }
+            for way in ways
+        ]
+        options.json.write_text(
+            json.dumps({"ways": figures, "environment": environment.lines()}, indent=1)
+        )
+    ours = next(way for way in ways if way.name.startswith("dicmh") and way.workers > 1)
+    return 0 if ours.per_cpu_second >= 0.95 * loop.per_cpu_second else 1
 
 
 if __name__ == "__main__":
