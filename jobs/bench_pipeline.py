@@ -108,7 +108,7 @@ class ZlibCodec:
             image = np.full(shape, 8 if len(stream.states[:states]) == 1 else 0, np.uint8)
             for state, shift in zip(stream.states[:states], (4, 0), strict=False):
                 plane = np.frombuffer(zlib.decompress(state.payload), np.uint8)
-                image += plane.reshape(shape) << shift
+                image += (plane.reshape(shape) << shift).astype(np.uint8)
             images.append(image)
         return images
 
