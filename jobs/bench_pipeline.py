@@ -173,7 +173,7 @@ class Way:
     """Until then."""
 
     worker_bytes: int
-    """The most that one of its processes had in memory."""
+    """The most that one of the processes that encode had in memory."""
 
     @property
     def per_cpu_second(self) -> float:
@@ -194,7 +194,9 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.worker_bytes = 0
+        self.peaks: dict[int, int] = {}
+        """Process -> the most bytes that it had in memory."""
+
         self._before = cpu_of_family()
         self._last = dict(self._before)
         self._stop = threading.Event()
@@ -224,7 +226,8 @@ class Watch:
         while not self._stop.wait(0.25):
             now = cpu_of_family()
             self._last |= now
-            self.worker_bytes = max(self.worker_bytes, *(peak_bytes(pid) for pid in now))
+            for pid in now:
+                self.peaks[pid] = max(self.peaks.get(pid, 0), peak_bytes(pid))
 
 
 def stat_of(pid: int) -> list[str]:
@@ -284,7 +287,7 @@ def measured(name: str, workers: int, codec: str, run: Callable[[NotedCodec, Pat
         cpu_seconds=watch.cpu_seconds({note["pid"]: note["cpu"] for note in loads}),
         wall_seconds=ended - first,
         startup_seconds=first - started,
-        worker_bytes=watch.worker_bytes,
+        worker_bytes=max(watch.peaks.get(note["pid"], 0) for note in in_workers),
     )
 
 
