@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from dicmh_ray.errors import ArchiveError, BitstreamError, CodecError, DicmhError, SourceError
     from dicmh_ray.pipeline import EncodePolicy, JobReport
     from dicmh_ray.ray_plugin import compress
+    from dicmh_ray.ray_plugin.datasink import write_archive
+    from dicmh_ray.ray_plugin.datasource import read_archive
+    from dicmh_ray.ray_plugin.decode import Decode
     from dicmh_ray.source import SourceImage, SourceOptions, load_pixels
     from dicmh_ray.views import Archive, ImageView, open_archive
 
@@ -31,6 +34,7 @@ __all__ = [
     "ArchiveError",
     "BitstreamError",
     "CodecError",
+    "Decode",
     "DicmhError",
     "EncodePolicy",
     "EncodedImage",
@@ -45,6 +49,8 @@ __all__ = [
     "load_codec",
     "load_pixels",
     "open_archive",
+    "read_archive",
+    "write_archive",
 ]
 
 _HOMES = {
@@ -52,6 +58,7 @@ _HOMES = {
     "ArchiveError": "dicmh_ray.errors",
     "BitstreamError": "dicmh_ray.errors",
     "CodecError": "dicmh_ray.errors",
+    "Decode": "dicmh_ray.ray_plugin.decode",
     "DicmhError": "dicmh_ray.errors",
     "EncodePolicy": "dicmh_ray.pipeline",
     "EncodedImage": "dicmh_ray.archive",
@@ -65,6 +72,8 @@ _HOMES = {
     "load_codec": "dicmh_ray.codec",
     "load_pixels": "dicmh_ray.source",
     "open_archive": "dicmh_ray.views",
+    "read_archive": "dicmh_ray.ray_plugin.datasource",
+    "write_archive": "dicmh_ray.ray_plugin.datasink",
 }
 
 

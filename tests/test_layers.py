@@ -28,12 +28,14 @@ MAY_IMPORT = {
     "reader": FLOOR | {"archive", "fsspec", "numpy", "pyarrow"},
     "pipeline": LOW | {"codec", "numpy", "pyarrow"},
     "views": LOW | {"PIL", "codec", "numpy", "pyarrow"},
-    "adapters": LOW | {"PIL", "codec", "datasets", "fsspec", "numpy", "pyarrow", "torch", "views"},
+    "adapters": LOW
+    | {"codec", "datasets", "fsspec", "numpy", "pyarrow", "torch", "views", "webdataset"},
     "recipe": FLOOR | {"codec", "numpy", "source"},
     "icmh_recipe": FLOOR | {"codec", "recipe"},
     "tag_recipe": FLOOR | {"codec", "numpy", "recipe", "source"},
     "ray_plugin": LOW
-    | {"analysis", "codec", "numpy", "pipeline", "pyarrow", "ray", "recipe", "views"},
+    | {"PIL", "adapters", "analysis", "codec", "numpy", "pipeline", "pyarrow", "ray", "recipe"}
+    | {"views"},
     "vision": FLOOR | {"PIL", "numpy", "onnx", "onnxruntime"},  # nets that look at pictures
     "analysis": LOW | {"PIL", "codec", "fsspec", "numpy", "pyarrow", "views", "vision"},
     "bench": LOW
@@ -51,6 +53,7 @@ LAZY = {
     ("codec/__init__.py", "dicmh_ray.codec.layered_codec"): "load_codec is what loads torch",
     ("codec/__init__.py", "dicmh_ray.codec.icmh.icmh_codec"): "the same",
     ("analysis/head_task.py", "dicmh_ray.codec.latent_head"): "torch, when a head is read",
+    ("analysis/heads.py", "dicmh_ray.codec.latent_head"): "torch, when a head is fitted",
     ("codec/image_taggers.py", "dicmh_ray.codec.zero_shot"): "torch, when a model shall tag",
     ("codec/image_taggers.py", "transformers.utils.hub"): "the same, for hub ids only",
     (
