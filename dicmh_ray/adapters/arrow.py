@@ -30,7 +30,7 @@ _STORAGE = pa.struct(
 Latent = npt.NDArray[np.float16]
 
 
-class LatentArray(pa.ExtensionArray):
+class LatentArray(pa.ExtensionArray):  # type: ignore[misc]  # pyarrow is untyped
     """A column of latents."""
 
     def to_latents(self) -> list[Latent | None]:
@@ -51,7 +51,7 @@ class LatentArray(pa.ExtensionArray):
         return found
 
 
-class LatentScalar(pa.ExtensionScalar):
+class LatentScalar(pa.ExtensionScalar):  # type: ignore[misc]  # the same
     """One latent."""
 
     def as_py(self, **_: Any) -> Latent | None:
@@ -62,7 +62,7 @@ class LatentScalar(pa.ExtensionScalar):
         return np.array(value["data"].values, np.float16).reshape(value["shape"].as_py())
 
 
-class LatentType(pa.ExtensionType):
+class LatentType(pa.ExtensionType):  # type: ignore[misc]  # the same
     """``dicmh.latent``: float16 ``[C, h, w]``, of another shape in each row if need be."""
 
     def __init__(self) -> None:
@@ -107,7 +107,8 @@ def latent_array(latents: Sequence[Latent | None]) -> LatentArray:
     shape = _lists(np.array([side for shape in shapes for side in shape], np.int32), dims)
     mask = pa.array([latent is None for latent in latents], pa.bool_())
     storage = pa.StructArray.from_arrays([data, shape], fields=list(_STORAGE), mask=mask)
-    return pa.ExtensionArray.from_storage(LatentType(), storage)
+    column: LatentArray = pa.ExtensionArray.from_storage(LatentType(), storage)
+    return column
 
 
 def scan_latents(

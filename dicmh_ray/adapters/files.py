@@ -55,7 +55,6 @@ class ArchivedFile(io.BytesIO):
         self.path = path
         self.name = path
         self.size = len(data)
-        self.mode = "rb"
 
 
 class ArchiveFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec is untyped

@@ -102,7 +102,8 @@ class ArchiveIterable(IterableDataset[Any]):
         self._decode_batch = decode_batch
         self._on_error: OnError = on_error
         # In shared memory: workers that live on are told of a new epoch as well.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._running: SampleIterator | None = None
         self._bookmark: Mapping[str, Any] | None = None
 

@@ -100,7 +100,7 @@ def write_archive(
     return sink.manifest
 
 
-class ArchiveDatasink(Datasink[StagedUnit | None]):  # type: ignore[misc]  # ray is untyped
+class ArchiveDatasink(Datasink[StagedUnit | None]):
     """Writes rows of an archive. See :func:`write_archive`."""
 
     def __init__(

@@ -97,7 +97,7 @@ def read_archive(
         read = [name for name in ARROW_SCHEMA.names if name in needed or name in shown]
         states = states_for(view, states)
     source = ArchiveDatasource(handle, columns=read, where=where, states=states, on_error=on_error)
-    ds = ray.data.read_datasource(
+    ds: Dataset = ray.data.read_datasource(
         source, override_num_blocks=override_num_blocks, concurrency=concurrency
     )
     if view is None or not decoded:
@@ -112,10 +112,11 @@ def read_archive(
         keep=shown,
         on_error=on_error,
     )
-    return ds.map_batches(decode, batch_size=batch_size, batch_format="pyarrow")
+    decoded_ds: Dataset = ds.map_batches(decode, batch_size=batch_size, batch_format="pyarrow")
+    return decoded_ds
 
 
-class ArchiveDatasource(Datasource):  # type: ignore[misc]  # ray is untyped
+class ArchiveDatasource(Datasource):
     """Reads one version of an archive. See :func:`read_archive`, which makes them."""
 
     def __init__(
@@ -127,7 +128,7 @@ class ArchiveDatasource(Datasource):  # type: ignore[misc]  # ray is untyped
         states: int | None = None,
         on_error: OnError = "raise",
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._handle = handle
         self._columns = tuple(columns)
         self._where = where

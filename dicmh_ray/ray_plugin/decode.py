@@ -14,7 +14,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,8 @@ except ModuleNotFoundError as exc:
 
 _log = logging.getLogger(__name__)
 
-Batch = pa.Table | Mapping[str, npt.NDArray[Any]]
+Batch: TypeAlias = Any
+"""An Arrow table, or numpy arrays by column: what Ray gives for the batch format asked for."""
 
 
 class Decode:
@@ -275,8 +276,9 @@ def _values(batch: Batch, name: str) -> Sequence[Any]:
         column = batch[name]
         if isinstance(column.type, pa.ExtensionType):
             return [item for chunk in column.chunks for item in chunk.to_numpy(False)]
-        return column.to_pylist()  # type: ignore[no-any-return]
-    return batch[name]  # type: ignore[return-value]
+        values: list[Any] = column.to_pylist()
+        return values
+    return list(batch[name])
 
 
 def _json_value(value: Any) -> Any:
