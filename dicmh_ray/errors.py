@@ -33,13 +33,15 @@
     + CorruptRowError       one row is damaged: the others are readable
     + RowNotFoundError
     + WhereError            the filter text is wrong
+    + ResultsError          an analysis left no such results here: run it
     + ReadStateError        a bookmark is not one of this order of rows
     + CommitFailedError     nothing was published: safe to retry
     + CommitUnknownError    may have been published: read the commit, then decide
     + StoreUnavailableError the store answered none of many tries: run again later
     + StoreAccessError      the store refuses: fix the credentials or the rights
   x ManifestError           a Kubernetes manifest cannot be made of these values
-  x NetError                a net that judges pictures is not usable as described
+  x NetError                a net that looks at pictures is not usable as described
+  x TaskError               a task of an analysis cannot be loaded, or does not keep its contract
   x JobError
     + FailureBudgetError    too many images failed: look at the report, then resume
     + JobStoppedError       it was told to stop (SIGTERM, preemption): run it again to go on
@@ -370,6 +372,17 @@ class WhereError(ArchiveError):
         return f"filter {self.text!r}: {self.reason}"
 
 
+class ResultsError(ArchiveError):
+    """An archive has no such results of an analysis, or not all of them."""
+
+    def __init__(self, uri: str, name: str, reason: str) -> None:
+        super().__init__(uri, name, reason)
+        self.uri, self.name, self.reason = uri, name, reason
+
+    def __str__(self) -> str:
+        return f"{self.uri}: results {self.name}: {self.reason}"
+
+
 class ReadStateError(ArchiveError):
     """What a walk through an archive shall go on from is no place in it."""
 
@@ -440,7 +453,7 @@ class ManifestError(DicmhError):
 
 
 class NetError(DicmhError):
-    """A net that judges pictures cannot be used as it is described."""
+    """A net that looks at pictures cannot be used as it is described."""
 
     def __init__(self, net: str, reason: str) -> None:
         super().__init__(net, reason)
@@ -448,6 +461,17 @@ class NetError(DicmhError):
 
     def __str__(self) -> str:
         return f"net {self.net}: {self.reason}"
+
+
+class TaskError(DicmhError):
+    """A task of an analysis cannot be loaded, or does not keep its contract."""
+
+    def __init__(self, task: str, reason: str) -> None:
+        super().__init__(task, reason)
+        self.task, self.reason = task, reason
+
+    def __str__(self) -> str:
+        return f"task {self.task}: {self.reason}"
 
 
 class JobError(DicmhError):

@@ -26,6 +26,9 @@ COMMIT_PREFIX = "commit/"
 JOB_PREFIX = "job/"
 """Of the commits of later jobs: appends and compactions."""
 
+ANALYSIS_PREFIX = "analysis/"
+"""Of what was computed from an archive and lies beside it: no part of it, and not ours to delete."""
+
 COMMIT_FORMAT = "dicmh.archive.commit"
 COMMIT_VERSION = 1
 PARALLEL_REQUESTS = 16

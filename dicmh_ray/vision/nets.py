@@ -158,15 +158,47 @@ def net_from_argument(text: str) -> NetSpec:
     return NetSpec(name=file.stem, file=file, taps=chosen)
 
 
+def net_of_file(file: str, description: str = "") -> NetSpec | None:
+    """The net of a file name: a known one, or the one that a description has of it; else None.
+
+    Args:
+        file: name of the ONNX file, without a folder.
+        description: text of the ``nets.toml`` beside it.
+
+    Raises:
+        NetError: the description is wrong.
+    """
+    if not description:
+        return KNOWN_NETS.get(file)
+    for name, table in _tables(DESCRIPTION, description).items():
+        spec = _from_table(name, table, Path())
+        if spec.file.name == file:
+            return replace(spec, file=Path(file))
+    return None
+
+
 def _described(folder: Path) -> tuple[NetSpec, ...]:
     path = folder / DESCRIPTION
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as exc:
         raise NetError(str(path), str(exc)) from exc
+    tables = _tables(str(path), text)
+    specs = tuple(_from_table(name, table, folder) for name, table in tables.items())
+    for spec in specs:
+        if not spec.file.is_file():
+            raise NetError(spec.name, f"{spec.file} is no file")
+    return specs
+
+
+def _tables(path: str, text: str) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(text)
+    except ValueError as exc:
+        raise NetError(path, str(exc)) from exc
     if not tables:
-        raise NetError(str(path), "describes no net")
-    return tuple(_from_table(name, table, folder) for name, table in tables.items())
+        raise NetError(path, "describes no net")
+    return tables
 
 
 def _from_table(name: str, table: Any, folder: Path) -> NetSpec:
@@ -178,6 +210,4 @@ def _from_table(name: str, table: Any, folder: Path) -> NetSpec:
     values = {**table, "file": folder / table["file"]}
     if "taps" in values:
         values["taps"] = tuple(values["taps"])
-    if not values["file"].is_file():
-        raise NetError(name, f"{values['file']} is no file")
     return NetSpec(name=name, **values)

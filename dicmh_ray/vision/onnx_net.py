@@ -18,12 +18,15 @@ Picture = npt.NDArray[np.uint8]
 class OnnxNet:
     """A net on the CPU, on one thread of whoever calls it. Safe to call from several threads."""
 
-    def __init__(self, path: str | Path, outputs: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: str | Path, outputs: Sequence[str] = (), data: bytes | None = None
+    ) -> None:
         """Load a file.
 
         Args:
             path: the ONNX file.
             outputs: tensors that a call returns, also inner ones; none means the graph's outputs.
+            data: the file's bytes, where they were read already; ``path`` is then only its name.
 
         Raises:
             NetError: the file is missing, no ONNX model, or has no such tensor.
@@ -35,7 +38,7 @@ class OnnxNet:
         except ImportError as exc:
             raise MissingExtraError("onnxruntime", "bench") from exc
         try:
-            data = self.path.read_bytes()
+            data = self.path.read_bytes() if data is None else data
         except OSError as exc:
             raise NetError(self.path.name, f"cannot be read: {exc}") from exc
         self.sha256 = hashlib.sha256(data).hexdigest()

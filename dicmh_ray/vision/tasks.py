@@ -45,8 +45,13 @@ class NetTask(Protocol):
         """The scores of a set of pictures."""
 
 
-def load_task(spec: NetSpec) -> NetTask:
-    """The task of a net. Raises NetError if the file is not as described, or is for no task."""
+def load_task(spec: NetSpec, data: bytes | None = None) -> NetTask:
+    """The task of a net. Raises NetError if the file is not as described, or is for no task.
+
+    Args:
+        spec: its description.
+        data: the bytes of its file, where they were read already.
+    """
     kinds: dict[str, type[Classification | Detection | Segmentation | Faces | Landmarks]] = {
         "classification": Classification,
         "detection": Detection,
@@ -56,15 +61,15 @@ def load_task(spec: NetSpec) -> NetTask:
     }
     if spec.task not in kinds:
         raise NetError(spec.name, "is described for no task")
-    return kinds[spec.task](spec)
+    return kinds[spec.task](spec, data)
 
 
 class TaskNet:
     """A net with a fixed input size, fed as its description says."""
 
-    def __init__(self, spec: NetSpec) -> None:
+    def __init__(self, spec: NetSpec, data: bytes | None = None) -> None:
         self.spec = spec
-        self.net = OnnxNet(spec.file, (spec.output,) if spec.output else ())
+        self.net = OnnxNet(spec.file, (spec.output,) if spec.output else (), data)
         size = self.net.input_hw
         if size is None:
             raise NetError(spec.name, "takes any size: a task needs a fixed one")
@@ -72,10 +77,7 @@ class TaskNet:
 
     def run(self, image: Picture) -> list[Array]:
         """The net's outputs for one picture, without the batch axis."""
-        spec = self.spec
-        fitted = (centre_crop if spec.fit == "crop" else resized)(image, *self.size_hw)
-        batch = planes(fitted, mean=spec.mean, scale=spec.scale, is_bgr=spec.colour == "bgr")
-        return [output[0] for output in self.net(batch).values()]
+        return [output[0] for output in self.net(fitted(image, self.spec, self.size_hw)).values()]
 
     def wrong(self, found: Sequence[Array], wanted: str) -> NetError:
         """The error for outputs of unexpected shapes."""
@@ -172,7 +174,7 @@ class SegmentationReading(NamedTuple):
     """The class of each pixel."""
 
     classes: npt.NDArray[np.uint8]
-    """``[H, W]``, at the picture's own size."""
+    """``[H, W]``, at the picture's own size (of :meth:`Segmentation.coarse`, the net's)."""
 
     num_classes: int
 
@@ -189,23 +191,27 @@ class Segmentation(TaskNet):
 
     UNLABELLED = 255
 
-    def __init__(self, spec: NetSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: NetSpec, data: bytes | None = None) -> None:
+        super().__init__(spec, data)
         values = np.zeros(256, np.uint8)
         for value, index in spec.label_values.items():
             values[int(value)] = index
         values[0] = self.UNLABELLED
         self._class_of_label = values
 
-    def read(self, image: Picture) -> SegmentationReading:
-        """The class of each pixel."""
+    def coarse(self, image: Picture) -> SegmentationReading:
+        """The class of each cell of the net's own grid."""
         logits = self.run(image)[0]
         if logits.ndim != 3:
             raise self.wrong([logits], "logits [classes, h, w]")
-        classes = Image.fromarray(logits.argmax(axis=0).astype(np.uint8))
+        return SegmentationReading(logits.argmax(axis=0).astype(np.uint8), len(logits))
+
+    def read(self, image: Picture) -> SegmentationReading:
+        """The class of each pixel."""
+        classes, num_classes = self.coarse(image)
         size = (image.shape[1], image.shape[0])
-        classes = classes.resize(size, Image.Resampling.NEAREST)
-        return SegmentationReading(np.asarray(classes), len(logits))
+        whole = Image.fromarray(classes).resize(size, Image.Resampling.NEAREST)
+        return SegmentationReading(np.asarray(whole), num_classes)
 
     def compare(
         self, reading: SegmentationReading, original: SegmentationReading, labels: Labels
@@ -294,6 +300,12 @@ class Landmarks(TaskNet):
     def score(self, evidence: Sequence[list[float]]) -> Scores:
         """See :class:`NetTask`."""
         return {"points found": _share([d <= self.NEAR for points in evidence for d in points])}
+
+
+def fitted(image: Picture, spec: NetSpec, size_hw: tuple[int, int]) -> Array:
+    """A picture as a net takes it, float32 ``[1, 3, H, W]``."""
+    small = (centre_crop if spec.fit == "crop" else resized)(image, *size_hw)
+    return planes(small, mean=spec.mean, scale=spec.scale, is_bgr=spec.colour == "bgr")
 
 
 def confusion(
