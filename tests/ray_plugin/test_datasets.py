@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import uuid
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,8 @@ from dicmh_ray.errors import (
     CommitFailedError,
     WhereError,
 )
-from dicmh_ray.ray_plugin.datasink import write_archive
+from dicmh_ray.pipeline.checkpoint import Checkpoint
+from dicmh_ray.ray_plugin.datasink import ArchiveDatasink, write_archive
 from dicmh_ray.ray_plugin.datasource import ArchiveDatasource, read_archive
 from dicmh_ray.ray_plugin.decode import Decode, Encode
 from dicmh_ray.ray_plugin.pushdown import where_of
@@ -314,3 +317,38 @@ def test_a_write_that_fails_leaves_no_archive(archive_uri, tmp_path):  # noqa: F
     with pytest.raises(ArchiveNotFoundError):
         open_archive(str(uri))
     assert list(uri.rglob("*.parquet")) == []
+
+
+PNG = encoded_png(picture(1))
+
+
+class DyingSink(ArchiveDatasink):
+    """Its first worker stores everything, and is gone before it can say so."""
+
+    def __init__(self, uri, marker, **options):
+        super().__init__(uri, **options)
+        self._marker = marker
+
+    def write(self, blocks, ctx):
+        staged = super().write(blocks, ctx)
+        if not self._marker.exists():
+            self._marker.touch()
+            os._exit(1)
+        return staged
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same rows", "other rows"])
+def test_a_write_task_that_ran_twice_is_in_the_archive_once(tmp_path, same):
+    def rows(batch):
+        names = [f"row-{n}" if same else f"row-{n}-{uuid.uuid4().hex}" for n in batch["id"]]
+        return Encode(FakeCodec)(pa.Table.from_pylist([{"key": n, "bytes": PNG} for n in names]))
+
+    uri = str(tmp_path / "archive")
+    sink = DyingSink(uri, tmp_path / "died", checkpoint=Checkpoint.open(FakeCodec))
+    ray.data.range(6, override_num_blocks=1).map_batches(rows).write_datasink(sink)
+    assert (tmp_path / "died").exists()
+    assert len(open_archive(uri)) == 6
+    report = verify_archive(uri)
+    assert report.exit_code == 0
+    stored = list((tmp_path / "archive" / "data").glob("*.parquet"))
+    assert len(stored) == (1 if same else 2)
