@@ -17,9 +17,9 @@ from PIL import Image
 
 from dicmh_ray.bench import describe_environment
 from dicmh_ray.bench.judges import FeatureJudge
-from dicmh_ray.vision.nets import find_nets
 from dicmh_ray.bitstream import prefix_bytes
 from dicmh_ray.codec import ImageCodec, load_codec
+from dicmh_ray.vision.nets import find_nets
 
 
 def measure(

@@ -244,9 +244,13 @@ def test_a_second_signal_ends_the_process_and_nothing_is_half_published(tmp_path
     # committed, and the job ends before there is a second signal: batches of one picture, then.
     script = script.replace(
         "runtime='local')", "runtime='local', encode_options=EncodeOptions(batch_pixels=1))"
-    ).replace("import compress\n", "import compress\nfrom dicmh_ray.pipeline import EncodeOptions\n")
+    ).replace(
+        "import compress\n", "import compress\nfrom dicmh_ray.pipeline import EncodeOptions\n"
+    )
     command = [sys.executable, "-c", script, str(tmp_path / "a"), *tars]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert not open_snapshot(str(tmp_path / "a")).commits
     report = compress(tars, str(tmp_path / "a"), codec=FakeCodec, runtime="local")
