@@ -1,13 +1,18 @@
 """Zero decodes until touched, then one. No torch, no ray."""
 
 import io
+import json
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dicmh_ray.archive import open_store
 from dicmh_ray.errors import (
     ArchiveNotFoundError,
+    BitstreamError,
     CodecMismatchError,
     RowNotFoundError,
     UnreadableImageError,
@@ -16,7 +21,7 @@ from dicmh_ray.errors import (
 from dicmh_ray.pipeline import EncodePolicy
 from dicmh_ray.ray_plugin import compress
 from dicmh_ray.source import SourceOptions
-from dicmh_ray.views import codecs, open_archive, picture_of
+from dicmh_ray.views import codecs, decode_views, open_archive, picture_of, read_mark
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
 
@@ -187,3 +192,104 @@ def test_a_format_that_is_known_but_not_read_cannot_be_shown():
     heif = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(16)
     with pytest.raises(UnreadableImageError, match="cannot be shown"):
         picture_of(heif)
+
+
+def test_images_are_found_without_reading_a_part(archive):
+    view, other = archive.get_many(["b", "a"])
+    assert (view.key, other.key) == ("b", "a")
+    assert (view.status, view.width, view.num_states) == ("ok", 32, 3)
+    assert other.metadata["label"] == "dog"
+    assert [view.key for view in archive.take(2)] == list(archive.keys())[:2]
+    assert [view.key for view in archive.take(9, "'dog' in tags")] == ["a"]
+
+
+def test_a_thumbnail_is_small_and_takes_one_state(archive, codec):
+    thumbnail = archive["b"].thumbnail(8)
+    assert (thumbnail.dtype, thumbnail.shape) == (np.uint8, (6, 8, 3))
+    assert np.array_equal(archive["b"].thumbnail(), archive["b"].pixels(states=1))
+    assert codec.num_decoded == 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_file_says_whether_its_detail_was_generated(archive, tmp_path, suffix):
+    for view, generated in (("machine", False), ("human", True)):
+        path = tmp_path / f"{view}.{suffix}"
+        mark = archive["a"].save(path, view)
+        assert mark.is_generated is archive["a"].is_generated(view) is generated
+        assert read_mark(path) == read_mark(path.read_bytes()) == mark
+        assert ("generated" in mark.note) is generated
+        assert archive["a"].row.original_sha256 in mark.note
+    with Image.open(tmp_path / f"human.{suffix}") as opened:
+        assert opened.size == (32, 24)
+
+
+def test_a_file_can_be_written_to_memory_and_other_formats_are_refused(archive):
+    buffer = io.BytesIO()
+    archive["a"].save(buffer, "thumbnail", format="webp")
+    assert read_mark(buffer.getvalue()) is not None
+    with pytest.raises(ValueError, match="format is 'gif'"):
+        archive["a"].save(io.BytesIO(), format="gif")
+    plain = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(plain, "PNG")
+    assert read_mark(plain.getvalue()) is None
+
+
+def test_rows_are_decoded_in_batches_and_each_error_has_its_place(archive, codec):
+    rows = {row.key: row for row in archive.reader.rows(blobs=("base", "detail", "original"))}
+    chosen = [rows["b"], rows["broken"], rows["a"], rows["empty"]]
+    results = decode_views(chosen, "machine", codec=codec, on_error="return")
+    assert np.array_equal(results[0], archive["b"].pixels())
+    assert np.array_equal(results[2], picture(1))
+    assert [type(results[i]) for i in (1, 3)] == [UnreadableImageError, UnreadableImageError]
+    with pytest.raises(UnreadableImageError):
+        decode_views(chosen, "machine", codec=codec)
+    assert decode_views(chosen, "tags")[2] == ("dog",)
+    assert decode_views([rows["broken"]], "original") == [b"junk"]
+    latents = decode_views([rows["a"]], "latent", codec=lambda: codec)
+    assert np.array_equal(latents[0], archive["a"].latent())
+    damaged = replace(rows["a"], base=rows["a"].base[:-1] + b"?")
+    results = decode_views([rows["b"], damaged], "machine", codec=codec, on_error="return")
+    assert isinstance(results[1], BitstreamError)
+    with pytest.raises(ValueError, match="view is 'x'"):
+        decode_views(chosen, "x")
+    with pytest.raises(ValueError, match="a codec is needed"):
+        decode_views([rows["a"]], "machine")
+
+
+def test_a_loop_decodes_only_what_matches_and_only_once(archive, codec):
+    (view,) = archive.iter("'dog' in tags", view="machine")
+    assert codec.num_decoded == 1
+    assert np.array_equal(view.pixels(), picture(1))
+    assert codec.num_decoded == 1
+
+
+def test_a_loop_goes_on_from_its_bookmark(archive):
+    loop = archive.iter("status == 'ok'", view="machine", shuffle=2, batch_size=1)
+    first = next(loop)
+    state = json.loads(json.dumps(loop.state_dict()))
+    rest = [view.key for view in loop]
+    again = pickle.loads(pickle.dumps(archive)).iter("status == 'ok'", shuffle=2)
+    again.load_state_dict(state)
+    assert [view.key for view in again] == rest
+    assert {first.key, *rest} == {"a", "b"}
+    assert len(again) == 2
+
+
+def test_a_loop_leaves_out_rows_without_a_picture_where_that_was_chosen(archive):
+    keys = {view.key for view in archive.iter(view="machine", on_error="skip")}
+    assert keys == {"a", "b"}
+    assert {fault.key for fault in archive.faults} == {"broken", "empty"}
+    with pytest.raises(UnreadableImageError):
+        list(archive.iter(view="machine"))
+    assert len(list(archive.iter())) == 4
+
+
+def test_what_was_decoded_is_read_from_the_cache(archive, codec, tmp_path):
+    uri = archive.reader.snapshot.uri
+    for _ in range(2):
+        again = open_archive(uri, codec=codec, cache=str(tmp_path / "cache"), cache_bytes=10**6)
+        assert np.array_equal(again["a"].pixels(), picture(1))
+    for part in open_store(uri).list("data/"):
+        open_store(uri).delete(part)
+    again = open_archive(uri, codec=codec, cache=str(tmp_path / "cache"))
+    assert np.array_equal(again["a"].pixels(), picture(1))

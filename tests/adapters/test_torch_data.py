@@ -16,10 +16,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from dicmh_ray.adapters.torch_data import ArchiveDataset, ArchiveIterable
 from dicmh_ray.archive import create_archive
 from dicmh_ray.errors import ArchiveNotFoundError, CorruptRowError, ReadStateError
+from dicmh_ray.pipeline import EncodePolicy
+from dicmh_ray.ray_plugin import compress
 from tests.adapters.conftest import key_of, tag_of
 from tests.adapters.counting_codec import counting
 from tests.archive.rows import CODEC_FILES, ok_row, plan_of
 from tests.fake_codec import FakeCodec
+from tests.small_collections import bmp, picture, write_tar
 
 torch.set_num_threads(1)
 DOGS = [key_of(n) for n in range(0, 18, 3)]
@@ -266,3 +269,16 @@ def test_damage_is_raised_or_left_out_as_asked(tmp_path, archive_uri, caplog):
     found = keys_of(ArchiveIterable(copy, codec=FakeCodec, on_error="skip"))
     assert len(found) == 17
     assert "1 faults, rows were left out" in caplog.text
+
+
+@pytest.mark.weights
+def test_forked_workers_decode_with_the_real_codec_after_their_parent_did(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", {f"p{n}": bmp(picture(n, step=1)) for n in range(4)})
+    policy = EncodePolicy(states=2, keep_original="never")
+    compress(tar, str(tmp_path / "a"), runtime="local", policy=policy)
+    data = ArchiveIterable(str(tmp_path / "a"))
+    in_parent = {sample["key"]: sample["image"] for sample in data}
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for sample in loader:
+        assert (sample["image"] == in_parent.pop(sample["key"])).all()
+    assert in_parent == {}
