@@ -53,7 +53,9 @@ def fit_head(
     where: str | None = None,
     left_out: float = 0.2,
     min_images: int = 4,
-    options: Any = None,
+    epochs: int = 60,
+    width: int = 64,
+    seed: int = 0,
 ) -> tuple["LatentHead", HeadReport]:
     """Fit a head to an archive's latents. They are all held in memory.
 
@@ -64,7 +66,9 @@ def fit_head(
         where: filter of the rows.
         left_out: share of the pictures that the head is tested on and not fitted to.
         min_images: classes with fewer are left alone.
-        options: a :class:`~dicmh_ray.codec.latent_head.HeadOptions`; None has its defaults.
+        epochs: passes over the pictures.
+        width: channels inside the head.
+        seed: of the fit.
 
     Raises:
         TaskError: there are fewer than two classes.
@@ -76,7 +80,7 @@ def fit_head(
     if not 0 <= left_out < 1:
         raise ValueError(f"left_out is {left_out}, wanted 0 to below 1")
     try:
-        from dicmh_ray.codec.latent_head import LatentHead
+        from dicmh_ray.codec.latent_head import HeadOptions, LatentHead
     except ModuleNotFoundError as exc:
         if exc.name not in ("torch", "safetensors"):
             raise
@@ -103,7 +107,7 @@ def fit_head(
         labels=classes,
         codec_id=archive.codec_id,
         states=states,
-        options=options,
+        options=HeadOptions(epochs=epochs, width=width, seed=seed),
     )
     report = _report(head, latents, values, sorted(test), label, len(train))
     head.provenance = report.to_dict()

@@ -237,6 +237,8 @@ class Analysis:
             )
 
         starts = range(0, len(numbers), READ_ROWS)
+        if not starts:
+            return
         with ThreadPoolExecutor(1) as ahead:
             coming = [ahead.submit(read, start) for start in starts[:1]]
             for following in [*starts[1:], None]:
@@ -406,8 +408,8 @@ def plan_analysis(
     return analysis, todo, report
 
 
-def forecast(analysis: Analysis, todo: Sequence[Commit]) -> Forecast:
-    """What a run would read, from the indexes alone. Writes nothing."""
+def forecast(analysis: Analysis, todo: Sequence[Commit], report: AnalysisReport) -> Forecast:
+    """What a run of a plan would read, from the indexes alone. Writes nothing."""
     rows = num_bytes = originals = 0
     for commit in todo:
         reader = ArchiveReader(replace(analysis.snapshot, commits=(commit,), manifest=None))
@@ -421,7 +423,7 @@ def forecast(analysis: Analysis, todo: Sequence[Commit]) -> Forecast:
     return Forecast(
         results=analysis.folder.name,
         units=len(todo),
-        units_resumed=len(analysis.folder.files()),
+        units_resumed=report.units_resumed,
         rows=rows,
         bytes_to_read=num_bytes,
         originals=originals,

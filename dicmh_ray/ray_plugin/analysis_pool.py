@@ -112,6 +112,8 @@ class _Pool:
                         raise JobStoppedError(len(self._calls))
                 while queue and self._submit(queue[0]):
                     queue.popleft()
+                if not queue:
+                    self._let_free_go()
                 ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=1.0)
                 for ref in ready:
                     actor, commit = self._calls.pop(ref)
@@ -143,8 +145,13 @@ class _Pool:
         finally:
             for actor, _ in self._calls.values():
                 ray.kill(actor)
-            for actor in self._free:
-                ray.kill(actor)
+            self._let_free_go()
+
+    def _let_free_go(self) -> None:
+        """End those with nothing to do: others, which have a unit, may wait for their room."""
+        for actor in self._free:
+            ray.kill(actor)
+        self._free.clear()
 
     def _submit(self, commit: Commit) -> bool:
         """Give a unit to an actor, a new one if there is room. False when all are busy."""

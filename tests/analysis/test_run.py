@@ -176,6 +176,10 @@ def test_a_filter_comes_before_reading_and_has_results_of_its_own(snapshot, code
         read_results(snapshot, Brightness())
     with pytest.raises(WhereError):
         analyze(snapshot, Brightness(), codec=codec, where="no such thing (")
+    # Units without a matching row are done too: they are not looked at again.
+    one = "'u0' in tags"
+    assert analyze(snapshot, Brightness(), codec=codec, where=one).report.units_done == NUM_UNITS
+    assert len(read_results(snapshot, Brightness(), where=one).table()) == 4
 
 
 def test_a_row_that_the_task_fails_on_has_the_reason_and_the_others_their_result(snapshot, codec):
@@ -254,10 +258,9 @@ def test_damaged_rows_have_the_damage_as_their_result(archive, codec):
 
 
 def test_a_dry_run_says_what_would_be_read(snapshot, codec):
-    analysis, todo, _ = plan_analysis(snapshot, Shapes("latent", states=1), codec=codec)
-    first = forecast(analysis, todo)
+    first = forecast(*plan_analysis(snapshot, Shapes("latent", states=1), codec=codec))
     assert (first.units, first.rows, first.originals) == (NUM_UNITS, 5 * NUM_UNITS, 0)
-    whole = forecast(plan_analysis(snapshot, Brightness(), codec=codec)[0], todo)
+    whole = forecast(*plan_analysis(snapshot, Brightness(), codec=codec))
     assert 0 < first.bytes_to_read < whole.bytes_to_read
     assert whole.originals == NUM_UNITS
     assert not list_results(snapshot)

@@ -258,11 +258,8 @@ def test_tag_statistics_need_the_index_alone(snapshot, codec, monkeypatch):
 @pytest.fixture(scope="module")
 def fitted(archive_folder):
     pytest.importorskip("torch").set_num_threads(1)
-    from dicmh_ray.codec.latent_head import HeadOptions
-
     archive = open_archive(archive_folder, codec=FakeCodec())
-    options = HeadOptions(width=8, epochs=30, batch_size=4)
-    return fit_head(archive, label="tag", states=2, left_out=0.3, options=options)
+    return fit_head(archive, label="tag", states=2, left_out=0.3, width=8, epochs=10)
 
 
 def test_a_head_is_fitted_to_tags_and_tested_on_others(fitted):

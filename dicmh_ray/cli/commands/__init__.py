@@ -1,5 +1,6 @@
 """The commands, in the order in which ``dicmh --help`` lists them."""
 
-from dicmh_ray.cli.commands import archives, training, weights, measuring, kubernetes  # isort: skip
+from dicmh_ray.cli.commands import archives  # isort: skip
+from dicmh_ray.cli.commands import analysis, training, weights, measuring, kubernetes  # isort: skip
 
-__all__ = ["archives", "kubernetes", "measuring", "training", "weights"]
+__all__ = ["analysis", "archives", "kubernetes", "measuring", "training", "weights"]
