@@ -329,9 +329,10 @@ class Store:
             raise
         except PermissionError as exc:
             raise StoreAccessError(self.uri, name, self._describe(exc)) from exc
-        except OSError:
-            raise
         except Exception as exc:
+            # botocore's timeouts are OSErrors, but of no class that says what happened.
+            if isinstance(exc, OSError) and type(exc).__module__ == "builtins":
+                raise
             if lacks_credentials(exc):
                 raise StoreAccessError(self.uri, name, self._describe(exc)) from exc
             raise ConnectionError(f"{self.uri}: {name}: {self._describe(exc)}") from exc

@@ -4,6 +4,7 @@ import errno
 import pickle
 
 import pytest
+from botocore.exceptions import EndpointConnectionError, ReadTimeoutError
 
 from dicmh_ray.archive import open_store, retrying
 from dicmh_ray.archive.retrying import RetryPolicy, may_pass
@@ -39,7 +40,15 @@ def address(tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [HttpError(500), HttpError(503), HttpError(429), TimeoutError(), ConnectionResetError()],
+    [
+        HttpError(500),
+        HttpError(503),
+        HttpError(429),
+        TimeoutError(),
+        ConnectionResetError(),
+        ReadTimeoutError(endpoint_url="http://s3"),
+        EndpointConnectionError(endpoint_url="http://s3"),
+    ],
     ids=repr,
 )
 def test_three_failures_are_lived_through_and_the_fourth_has_a_name(address, error):
