@@ -11,17 +11,13 @@ each shard's record under ``_decode/`` names them). 2: not done.
 import argparse
 import json
 import logging
-import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from dicmh_ray.cli.output import storage_options
 from dicmh_ray.errors import DicmhError
-from dicmh_ray.reader import ArchiveReader
-from dicmh_ray.views import codec_of
 from dicmh_ray.views.bulk import (
     CONTAINERS,
     BulkDecode,
@@ -29,14 +25,13 @@ from dicmh_ray.views.bulk import (
     ShardRecord,
     plan_bulk_decode,
 )
+from dicmh_ray.views.bulk_local import decode_here
 from dicmh_ray.views.saving import FORMATS
 
 _log = logging.getLogger("decode_views")
 
 ROWS_LEFT_OUT = 1
 NOT_DONE = 2
-
-_worker_job: BulkDecode | None = None
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -49,6 +44,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--states", type=int, help="decode from the first ones only")
     parser.add_argument("--where", help="filter: \"'dog' in tags and width >= 512\"")
+    parser.add_argument("--sample", type=int, help="only so many of them, at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--container", default="webdataset", choices=CONTAINERS)
     parser.add_argument("--format", default="png", choices=tuple(FORMATS))
     parser.add_argument("--max-side", type=int, default=256, help="of thumbnails, pixels")
@@ -75,6 +72,8 @@ def plan(options: argparse.Namespace) -> BulkDecode:
             view=options.view,
             states=options.states,
             where=options.where,
+            sample=options.sample,
+            seed=options.seed,
             container=options.container,
             format=options.format,
             max_side=options.max_side,
@@ -85,21 +84,6 @@ def plan(options: argparse.Namespace) -> BulkDecode:
         storage_options=storage,
         output_options=storage,
     )
-
-
-def run_local(job: BulkDecode, workers: int | None) -> None:
-    """Make the shards that are left in processes of this machine, one thread each."""
-    count = min(workers or multiprocessing.cpu_count(), len(job.shards_left()))
-    if count <= 1:
-        for shard in job.shards_left():
-            report(job.run_shard(shard))
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        count, mp_context=spawn, initializer=_begin_worker, initargs=(job,)
-    ) as pool:
-        for done in as_completed([pool.submit(_run_shard, shard) for shard in job.shards_left()]):
-            report(done.result())
 
 
 def report(record: ShardRecord) -> None:
@@ -113,22 +97,6 @@ def report(record: ShardRecord) -> None:
     )
 
 
-def _begin_worker(job: BulkDecode) -> None:
-    global _worker_job
-    _worker_job = job
-    reader = ArchiveReader.open(
-        job.archive, version=job.version, storage_options=job.storage_options
-    )
-    if job.options.view != "original":
-        codec_of(reader.snapshot, threads=1)
-
-
-def _run_shard(shard: int) -> ShardRecord:
-    if _worker_job is None:
-        raise RuntimeError("the process was not begun")
-    return _worker_job.run_shard(shard)
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The job to its end; the sums."""
     started = time.perf_counter()
@@ -136,7 +104,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     left = len(job.shards_left())
     _log.info("%d of %d shards to do", left, job.num_shards)
     if options.runtime == "local":
-        run_local(job, options.workers)
+        decode_here(job, workers=options.workers, on_shard=report)
     else:
         from dicmh_ray.ray_plugin.decoding import decode_on_ray
 

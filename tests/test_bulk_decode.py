@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 
@@ -11,12 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
+from typer.testing import CliRunner
 
 from dicmh_ray.archive import open_store
-from dicmh_ray.errors import JobError, PlanConflictError, UnreadableImageError
+from dicmh_ray.cli import app
+from dicmh_ray.errors import CorruptRowError, JobError, PlanConflictError, UnreadableImageError
 from dicmh_ray.ray_plugin import compress
-from dicmh_ray.views import open_archive, read_mark
+from dicmh_ray.reader import ArchiveReader
+from dicmh_ray.views import codecs, open_archive, read_mark
 from dicmh_ray.views.bulk import BulkOptions, plan_bulk_decode
+from dicmh_ray.views.bulk_local import decode_here
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
 
@@ -137,3 +142,112 @@ def test_latents_and_originals_are_written_as_they_are(archive, tmp_path):
     for wrong in ({"view": "tags"}, {"container": "zip"}, {"format": "gif"}, {"shard_rows": 0}):
         with pytest.raises(ValueError, match=r"\b(is|are)\b"):
             replace(BulkOptions(), **wrong)
+
+
+def test_a_sample_is_the_same_in_every_attempt(archive, tmp_path):
+    job = planned(archive, tmp_path, sample=4, seed=3)
+    assert job.num_shards == 2
+    assert finished(job)["rows"] == 4
+    assert planned(archive, tmp_path, sample=4, seed=3).shards_left() == []
+    with pytest.raises(PlanConflictError):
+        planned(archive, tmp_path, sample=4, seed=4)
+
+
+def test_processes_share_the_shards_and_give_the_same_bytes(archive, tmp_path):
+    records = []
+    for name, workers in (("one", 1), ("two", 2)):
+        job = planned(archive, tmp_path / name, where=None, on_error="skip", shard_rows=5)
+        decode_here(job, workers=workers, codec=FakeCodec, on_shard=records.append)
+        assert job.finish()["faults"] == 1
+    assert sorted(record.shard for record in records) == [0, 0, 1, 1]
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        for name in ("one", "two")
+    )
+    assert one == two
+
+
+def test_the_first_shard_that_cannot_be_made_ends_the_call(archive, tmp_path):
+    job = planned(archive, tmp_path, where=None)
+    with pytest.raises(UnreadableImageError, match="broken"):
+        decode_here(job, workers=1, codec=FakeCodec)
+    assert job.shards_left()
+
+
+def test_a_worker_refuses_rows_that_are_not_those_of_the_plan(archive, tmp_path):
+    job = planned(archive, tmp_path / "out")
+    with pytest.raises(JobError, match="no longer selects"):
+        replace(job, rows_sha256="0" * 64).run_shard(0, FakeCodec())
+
+
+def damaged(archive, folder):
+    """A copy with one flipped bit in a stream, and the key of its row."""
+    shutil.copytree(archive, folder)
+    (part,) = (folder / "data").glob("*.parquet")
+    data = bytearray(part.read_bytes())
+    row = next(row for row in ArchiveReader.open(archive).rows(SOUND, blobs=("base",)))
+    data[data.index(row.base) + len(row.base) // 2] ^= 1
+    part.write_bytes(data)
+    return str(folder), row.key
+
+
+def test_a_damaged_row_is_named_and_the_others_are_as_they_were(archive, tmp_path):
+    copy, key = damaged(archive, tmp_path / "copy")
+    with pytest.raises(CorruptRowError, match=key):
+        finished(planned(copy, tmp_path / "raised"))
+    finished(planned(archive, tmp_path / "whole", container="folder"))
+    sums = finished(planned(copy, tmp_path / "left", container="folder", on_error="skip"))
+    assert (sums["rows"], sums["faults"]) == (7, 1)
+    whole, left = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).glob("0*/*")}
+        for name in ("whole", "left")
+    )
+    assert [name.partition("-")[0] for name in set(whole) - set(left)] == [key.replace("/", "_")]
+    assert left.items() <= whole.items()
+    shutil.rmtree(f"{copy}/data")
+    sums = finished(planned(copy, tmp_path / "gone", where=None, on_error="skip"))
+    assert sums["rows"] == 0
+    assert sums["faults"] > 0
+
+
+def test_the_program_decodes_in_bulk_goes_on_and_says_what_it_left_out(
+    archive, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(codecs, "load_codec", lambda *_, **__: FakeCodec())
+    monkeypatch.setattr(codecs, "_loaded_codecs", {})
+
+    def run(*arguments, code=0):
+        command = ["decode", *map(str, arguments), "-o", str(tmp_path / "out"), "--workers", "1"]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == code, result.output
+        return result
+
+    bulk = ("--into", "webdataset", "--shard-rows", "3")
+    assert "error: 'broken'" in run(archive, *bulk, code=1).stderr
+    run(archive, *bulk, "--on-error", "skip", code=1)  # another plan than the one begun
+    shutil.rmtree(tmp_path / "out")
+    result = run(archive, *bulk, "--on-error", "skip", code=1)
+    assert result.stdout.startswith("8 images in 3 shards, ")
+    assert "left out: 'broken': not an image" in result.stderr
+    again = run(archive, *bulk, "--on-error", "skip", code=1)
+    assert again.stderr.startswith("0 of 3 shards to do")
+    run(archive, "img-1", *bulk, code=2)
+    run(archive, *bulk, "--format", "npy", code=2)
+
+
+def test_the_program_names_damaged_rows_and_goes_on_where_told(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(codecs, "load_codec", lambda *_, **__: FakeCodec())
+    monkeypatch.setattr(codecs, "_loaded_codecs", {})
+    copy, key = damaged(archive, tmp_path / "copy")
+    command = ["decode", copy, "--where", SOUND, "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, "--on-error", "skip"])
+    assert (result.exit_code, len(result.stdout.splitlines())) == (1, 7)
+    assert f"({key!r}): bitstream" in result.stderr
+    assert CliRunner().invoke(app, command).exit_code == 1
+    shutil.rmtree(f"{copy}/data")
+    listed = CliRunner().invoke(app, ["ls", copy, "--columns", "key,psnr", "--on-error", "skip"])
+    assert (listed.exit_code, "is missing" in listed.stderr) == (1, True)
+    sampled = CliRunner().invoke(
+        app, ["decode", archive, "--sample", "2", "-o", str(tmp_path / "s")]
+    )
+    assert len(sampled.stdout.splitlines()) == 2

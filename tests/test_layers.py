@@ -60,6 +60,10 @@ LAZY = {
         "cli/icmh_training.py",
         "dicmh_ray.ray_plugin.training",
     ): "the ray extra, when workers are asked for",
+    (
+        "cli/bulk_decoding.py",
+        "dicmh_ray.ray_plugin.decoding",
+    ): "the ray extra, when Ray is asked for",
     ("cli/training.py", "dicmh_ray.cli.icmh_training"): "compressai, transformers: for its presets",
     ("ray_plugin/__init__.py", "dicmh_ray.ray_plugin.run"): "the ray extra, when Ray is asked for",
     ("ray_plugin/analysis.py", "dicmh_ray.ray_plugin.analysis_pool"): "the same",

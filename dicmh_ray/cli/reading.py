@@ -25,11 +25,14 @@ from dicmh_ray.cli.output import (
 )
 from dicmh_ray.errors import (
     BitstreamError,
+    CorruptObjectError,
+    CorruptRowError,
+    DicmhError,
     RowNotFoundError,
     SourceImageError,
     UnsupportedImageError,
 )
-from dicmh_ray.reader import ArchiveReader
+from dicmh_ray.reader import ArchiveReader, OnError, ReadFault
 from dicmh_ray.views import Archive, ImageView, open_archive, save_picture
 from dicmh_ray.views.names import FileNames
 
@@ -124,9 +127,10 @@ def run_ls(
     where: str | None,
     columns: Sequence[str],
     limit: int,
+    on_error: OnError,
     as_json: bool,
 ) -> None:
-    """Print rows."""
+    """Print rows; what is damaged and was left out is named, and the exit code is 1 then."""
     with told_in_one_line():
         options = storage_options(storage, archive)
         reader = ArchiveReader.open(archive, version=version, storage_options=options)
@@ -134,7 +138,7 @@ def run_ls(
         if blobs:
             raise typer.BadParameter(f"{', '.join(blobs)}: use `dicmh decode` for blobs")
         try:
-            rows = _rows(reader, columns, where)
+            rows = _rows(reader, columns, where, on_error)
             shown, has_more = _first(rows, limit)
         except ValueError as exc:
             raise typer.BadParameter(str(exc)) from exc
@@ -145,12 +149,16 @@ def run_ls(
         print_table(columns, [[_cell(row[name]) for name in columns] for row in shown])
     if has_more:
         tell(f"the first {limit}; there are more (--limit 0 is all)")
+    for fault in reader.faults:
+        tell(f"error: {fault_text(fault)}")
+    if reader.faults:
+        raise typer.Exit(EXIT_ERROR)
 
 
 def _rows(
-    reader: ArchiveReader, columns: Sequence[str], where: str | None
+    reader: ArchiveReader, columns: Sequence[str], where: str | None, on_error: OnError
 ) -> Iterator[dict[str, Any]]:
-    for batch in reader.scan(list(dict.fromkeys(columns)), where):
+    for batch in reader.scan(list(dict.fromkeys(columns)), where, on_error=on_error):
         yield from batch.to_pylist()
 
 
@@ -190,39 +198,66 @@ def run_decode(
     version: int | None = None,
     keys: Sequence[str],
     where: str | None,
-    output: Path,
+    sample: int | None,
+    seed: int,
+    output: str,
     states: int | None,
     view: str,
     format: str,
     device: str,
+    on_error: OnError,
 ) -> None:
-    """Write files; an image that cannot be written is named, and the exit code is 1 then."""
-    if not keys and where is None:
-        tell("error: name keys, or select images with --where")
+    """Write files; an image that cannot be written is named, and the exit code is 1 then.
+
+    ``on_error`` is about damage: a picture that never was is named in any case.
+    """
+    if not keys and where is None and sample is None:
+        tell("error: name keys, or select images with --where or --sample")
         raise typer.Exit(EXIT_USAGE)
     failures: list[str] = []
     with told_in_one_line():
         options = storage_options(storage, archive)
         opened = open_archive(archive, version=version, device=device, storage_options=options)
-        output.mkdir(parents=True, exist_ok=True)
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
         names = FileNames()
-        for image in _selected(opened, keys, where, failures):
+        borne: tuple[type[DicmhError], ...] = (SourceImageError, BitstreamError)
+        if on_error == "skip":
+            borne += (CorruptRowError, CorruptObjectError)
+        for image in _selected(opened, keys, where, sample, seed, on_error, failures):
             try:
                 suffix, data = _content(image, states=states, view=view, format=format)
-            except (SourceImageError, BitstreamError) as exc:
+                path = folder / names.claim(image.key, suffix)
+                _save(path, data, image, view)
+            except borne as exc:
                 failures.append(str(exc))
                 continue
-            path = output / names.claim(image.key, suffix)
-            _save(path, data, image, view)
             say(f"{image.key}\t{path}")
+    failures += [fault_text(fault) for fault in opened.faults]
     for failure in failures:
         tell(f"error: {failure}")
     if failures:
         raise typer.Exit(EXIT_ERROR)
 
 
+def fault_text(fault: ReadFault) -> str:
+    """What is gone and why, in a line."""
+    if not fault.part:
+        return fault.reason  # of a picture; it names the key
+    if fault.key is not None:
+        return f"row {fault.key!r}: {fault.reason}"
+    where = "" if fault.row_group is None else f", row group {fault.row_group}"
+    return f"{fault.part}{where}: {fault.reason}"
+
+
 def _selected(
-    archive: Archive, keys: Sequence[str], where: str | None, failures: list[str]
+    archive: Archive,
+    keys: Sequence[str],
+    where: str | None,
+    sample: int | None,
+    seed: int,
+    on_error: OnError,
+    failures: list[str],
 ) -> Iterator[ImageView]:
     """The named images, then the filter's others. Names that are not there go to ``failures``."""
     for key in dict.fromkeys(keys):
@@ -230,11 +265,17 @@ def _selected(
             yield archive[key]
         except RowNotFoundError as exc:
             failures.append(str(exc))
-    if where is not None:
-        named = set(keys)
-        for view in archive.views(None if where.strip() in ("True", "true") else where):
-            if view.key not in named:
-                yield view
+    if where is None and sample is None:
+        return
+    condition = None if where is None or where.strip() in ("True", "true") else where
+    named = set(keys)
+    if sample is not None:
+        chosen = archive.reader.sample(sample, seed=seed, where=condition)
+        yield from archive.get_many(key for key in chosen if key not in named)
+        return
+    for view in archive.iter(condition, on_error=on_error):
+        if view.key not in named:
+            yield view
 
 
 def _content(

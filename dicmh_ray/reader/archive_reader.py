@@ -236,12 +236,18 @@ class ArchiveReader:
 
         The same for the same snapshot, filter and seed, on every machine; each row at most once.
         """
-        if n < 0:
-            raise ValueError(f"n is {n}, wanted 0 or more")
-        rows = self.matching(where)
-        chosen = np.sort(rows[np.argsort(scatter(rows, seed), kind="stable")[:n]])
+        chosen = self.sample_rows(n, seed=seed, where=where)
         keys: list[str] = self._rows_index(refuse).table(["key"])["key"].take(chosen).to_pylist()
         return keys
+
+    def sample_rows(
+        self, n: int, *, seed: int, where: str | Where | None = None, on_error: OnError = "raise"
+    ) -> Numbers:
+        """Numbers of the rows that :meth:`sample` chooses, int64 ``[n]`` or fewer, ascending."""
+        if n < 0:
+            raise ValueError(f"n is {n}, wanted 0 or more")
+        rows = self.matching(where, on_error=on_error)
+        return np.sort(rows[np.argsort(scatter(rows, seed), kind="stable")[:n]])
 
     def order(
         self,

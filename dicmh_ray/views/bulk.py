@@ -29,6 +29,7 @@ from dicmh_ray.archive import EncodedImage, Store, open_snapshot, open_store, pr
 from dicmh_ray.codec import ImageCodec
 from dicmh_ray.errors import JobError, PlanConflictError
 from dicmh_ray.reader import ArchiveReader, OnError, ReadFault
+from dicmh_ray.reader.index import Numbers
 from dicmh_ray.views.codecs import codec_of
 from dicmh_ray.views.decode import (
     THUMBNAIL_SIDE,
@@ -80,6 +81,12 @@ class BulkOptions:
     where: str | None = None
     """Filter; None is all rows."""
 
+    sample: int | None = None
+    """Only so many of them, chosen at random; None is all."""
+
+    seed: int = 0
+    """Of the sample."""
+
     container: Container = "webdataset"
     """Tars of pictures and JSON; Parquet with a column of files; or plain files."""
 
@@ -103,6 +110,8 @@ class BulkOptions:
             raise ValueError(f"container is {self.container!r}, wanted {', '.join(CONTAINERS)}")
         if self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}, wanted {', '.join(FORMATS)}")
+        if self.sample is not None and self.sample < 1:
+            raise ValueError(f"sample is {self.sample}, wanted 1 or more")
         if self.shard_rows < 1:
             raise ValueError(f"shard_rows is {self.shard_rows}, wanted 1 or more")
 
@@ -146,6 +155,12 @@ class BulkDecode:
     num_shards: int
     """How many there are."""
 
+    rows_sha256: str
+    """Of the numbers of the rows, int64 little-endian: every worker must come to the same."""
+
+    lost: int = 0
+    """Rows, row groups and objects that no shard knows of, because the filter could not see them."""
+
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """For the archive's file system."""
 
@@ -169,8 +184,14 @@ class BulkDecode:
         return {k: v for k, v in self.__dict__.items() if k not in ("_store", "_reader", "_rows")}
 
     @cached_property
-    def _rows(self) -> Any:
-        return self._reader.matching(self.options.where, on_error=self.options.on_error)
+    def _rows(self) -> Numbers:
+        rows = _chosen(self._reader, self.options)
+        if _digest(rows) != self.rows_sha256:
+            raise JobError(
+                f"{self.archive}: the filter no longer selects the rows that were planned; "
+                "objects were lost or came back"
+            )
+        return rows
 
     def shards_left(self) -> list[int]:
         """Shards without a record; one listing."""
@@ -189,9 +210,10 @@ class BulkDecode:
             return _read_record(self._store.get(name))
         except FileNotFoundError:
             pass
+        rows = self._rows[shard * self.options.shard_rows :][: self.options.shard_rows]
         before = len(self._reader.faults)
         faults: list[ReadFault] = []
-        files = list(self._files(shard, codec, faults))
+        files = list(self._files(rows, codec, faults))
         faults = [*self._reader.faults[before:], *faults]
         num_bytes, sha256 = self._put(shard, files)
         record = ShardRecord(
@@ -220,17 +242,16 @@ class BulkDecode:
             "shards": len(records),
             "rows": sum(record.rows for record in records),
             "num_bytes": sum(record.num_bytes for record in records),
-            "faults": sum(len(record.faults) for record in records),
+            "faults": self.lost + sum(len(record.faults) for record in records),
         }
         self._store.put(COMPLETE_NAME, _json(sums))
         return sums
 
     def _files(
-        self, shard: int, codec: ImageCodec | None, faults: list[ReadFault]
+        self, rows: Numbers, codec: ImageCodec | None, faults: list[ReadFault]
     ) -> Iterator[tuple[EncodedImage, str, bytes]]:
         """Rows of a shard with suffix and content of each one's file."""
         options = self.options
-        rows = self._rows[shard * options.shard_rows : (shard + 1) * options.shard_rows]
         for start in range(0, len(rows), BATCH_ROWS):
             batch = self._reader.read_rows(
                 rows[start : start + BATCH_ROWS],
@@ -375,12 +396,15 @@ def plan_bulk_decode(
     if snapshot.manifest is not None:
         version = snapshot.manifest.version
     reader = ArchiveReader(snapshot)
-    num_rows = len(reader.matching(options.where, on_error=options.on_error))
+    rows = _chosen(reader, options)
+    lost = [asdict(fault) for fault in reader.faults]
     hashed = hashlib.sha256("".join(part.sha256 for part in snapshot.parts).encode())
-    plan = {
+    plan: dict[str, Any] = {
         "format": PLAN_FORMAT,
         "plan_version": 1,
-        "rows": num_rows,
+        "rows": len(rows),
+        "rows_sha256": _digest(rows),
+        "lost": lost,
         "content": hashed.hexdigest(),
         "codec_id": snapshot.codec_id,
         "version": version,
@@ -399,7 +423,9 @@ def plan_bulk_decode(
         version=version,
         output=output,
         options=options,
-        num_shards=-(-num_rows // options.shard_rows),
+        num_shards=-(-len(rows) // options.shard_rows),
+        rows_sha256=plan["rows_sha256"],
+        lost=len(lost),
         storage_options=dict(storage_options or {}),
         output_options=dict(output_options or {}),
         conditional=conditional,
@@ -416,6 +442,18 @@ def _plan_of(store: Store) -> dict[str, Any] | None:
     if not isinstance(value, dict) or value.get("format") != PLAN_FORMAT:
         raise JobError(f"{store.uri}: {PLAN_NAME} is no plan of a bulk decode")
     return value
+
+
+def _chosen(reader: ArchiveReader, options: BulkOptions) -> Numbers:
+    if options.sample is None:
+        return reader.matching(options.where, on_error=options.on_error)
+    return reader.sample_rows(
+        options.sample, seed=options.seed, where=options.where, on_error=options.on_error
+    )
+
+
+def _digest(rows: Numbers) -> str:
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
 
 def _record_name(shard: int) -> str:

@@ -124,7 +124,10 @@ def _without_codec(row: EncodedImage, view: str, max_side: int) -> Any:
         )
     if not row.original:
         raise UnreadableImageError(f"{row.key!r} holds no picture: {row.error}")
-    picture = picture_of(row.original)
+    try:
+        picture = picture_of(row.original)
+    except UnreadableImageError as exc:
+        raise UnreadableImageError(f"{row.key!r}: {exc}") from exc
     return reduced(picture, max_side) if view == "thumbnail" else picture
 
 
