@@ -1,5 +1,6 @@
 """The program as a user meets it: what it prints, what it writes, how it ends. No torch, no ray."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dicmh_ray.cli import app
 from dicmh_ray.cli.progress import JobDisplay, time_text
 from dicmh_ray.errors import FailureBudgetError
-from dicmh_ray.pipeline import Checkpoint
+from dicmh_ray.pipeline import Checkpoint, JobReport
 from dicmh_ray.pipeline import monitor as monitor_module
 from dicmh_ray.views import codecs
 from dicmh_ray.views.names import FileNames
@@ -359,3 +361,15 @@ def test_help_loads_nothing_heavy():
 def test_times_are_written_for_people():
     seconds = {0.4: "0 s", 59: "59 s", 61: "1 min 1 s", 7260: "2 h 1 min", 190_000: "2 d 4 h"}
     assert {one: time_text(one) for one in seconds} == seconds
+
+
+def test_a_log_without_a_terminal_gets_one_line_for_each_state_of_the_job():
+    text = io.StringIO()
+    display = JobDisplay(Console(file=text, width=20, markup=False, highlight=False))
+    report = JobReport(archive="a" * 90, runtime="local", codec_id="ab" * 32, units_total=7)
+    display(report)
+    display(report)  # within ten seconds of the first
+    report.manifest = 1
+    display(report)
+    display(report)
+    assert [line.partition(" ·")[0] for line in text.getvalue().splitlines()] == ["0/7 units"] * 2

@@ -233,6 +233,14 @@ def test_an_image_that_the_codec_refuses_does_not_spoil_its_batch():
     assert all("encode-failed: EncodeError" in rows[i].error for i in (2, 5))
 
 
+def test_few_images_are_encoded_again_for_one_that_is_refused():
+    images = [source(f"{i:02d}", bmp(poison() if i == 15 else picture(i))) for i in range(16)]
+    codec = FakeCodec()
+    rows = encode(images, codec=codec, options=EncodeOptions(batch_pixels=10**6))
+    assert [row.key for row in rows if row.status != "ok"] == ["15"]
+    assert codec.num_encoded == 15 + 15, "until the batch fails, and each alone"
+
+
 class BrokenCodec(FakeCodec):
     def encode(self, images, **_):
         raise WeightsError("default", "damaged")

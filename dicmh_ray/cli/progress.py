@@ -1,5 +1,6 @@
 """A running job on the screen: a bar on a terminal, lines in a log."""
 
+import math
 import time
 from types import TracebackType
 from typing import Self
@@ -63,9 +64,10 @@ class JobDisplay:
             )
             return
         is_last = report.manifest is not None
-        if is_last or time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-            self._console.print(line_of(report))
+        if (is_last and self._next_line < math.inf) or time.monotonic() >= self._next_line:
+            # The last one is said once.
+            self._next_line = math.inf if is_last else time.monotonic() + SECONDS_BETWEEN_LINES
+            self._console.print(line_of(report), soft_wrap=True)
 
 
 def line_of(report: JobReport) -> str:

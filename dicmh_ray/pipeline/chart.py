@@ -16,6 +16,9 @@ FLOOR = HEIGHT - BOTTOM
 LABELS = 7
 """On the horizontal axis, at most."""
 
+COLUMNS_LEAST = 8
+"""Bins of an axis: fewer would make bars that look like areas."""
+
 Columns = list[tuple[float, float, int]]
 """Lower edge, upper edge, count; each begins where the one before ends."""
 
@@ -33,13 +36,22 @@ class Series:
 
 def aligned(**histograms: Histogram) -> list[Series]:
     """Several histograms of one scale on one axis; a look names each of them."""
-    numbers = [number for one in histograms.values() for number in one.bins]
-    shown = range(min(numbers), max(numbers) + 1) if numbers else range(0)
+    shown = bins_shown(*histograms.values())
     names = {"ok": "stream"}
     return [
         Series(look=look, name=names.get(look, look), columns=one.columns(shown))
         for look, one in histograms.items()
     ]
+
+
+def bins_shown(*histograms: Histogram) -> range:
+    """The numbers of all bins that hold something, and of some around them when they are few."""
+    numbers = [number for one in histograms for number in one.bins]
+    if not numbers:
+        return range(0)
+    first, last = min(numbers), max(numbers)
+    missing = max(0, COLUMNS_LEAST - (last + 1 - first))
+    return range(first - missing // 2, last + 1 + missing - missing // 2)
 
 
 def clipped(columns: Columns, limit: float) -> Columns:
@@ -86,9 +98,10 @@ def histogram_figure(
             what = label(low) if is_discrete else f"{label(low)} to {label(high)}"
             if count:
                 tall = max(1.0, count * scale)
+                wide = step * 0.7 if is_discrete else max(0.5, step - 1)
                 parts.append(
-                    f'<rect class={one.look} x="{LEFT + i * step + 0.5:.2f}" y="{FLOOR - tall:.2f}" '
-                    f'width="{max(0.5, step - 1):.2f}" height="{tall:.2f}" '
+                    f'<rect class={one.look} x="{LEFT + (i + 0.5) * step - wide / 2:.2f}" '
+                    f'y="{FLOOR - tall:.2f}" width="{wide:.2f}" height="{tall:.2f}" '
                     f'rx="{min(2.0, step / 4):.1f}">'
                     f"<title>{escape(what)} {unit}, {one.name}: {count:,}</title></rect>"
                 )

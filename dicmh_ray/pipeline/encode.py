@@ -61,6 +61,9 @@ LARGER_THAN_SOURCE = "larger-than-source"
 MAX_REASON_CHARS = 500
 """Of ``error``: some libraries put whole tensors into their messages."""
 
+FEW_IMAGES = 16
+"""In so small a group the one that fails is found by encoding each of them alone."""
+
 FAILURE_CAUSES = frozenset(
     {UNREADABLE, ENCODE_FAILED, TAG_FAILED, CRASH, DAMAGED_SOURCE, WRONG_SIZE, UNDECODABLE}
 )
@@ -302,9 +305,10 @@ def _tag_group(group: Sequence[LoadedImage], tagger: ImageTagger) -> list[Loaded
 def _encode_group(
     group: Sequence[LoadedImage], codec: ImageCodec, policy: EncodePolicy, start: int
 ) -> list[EncodedImage]:
-    """Encode together; on a failure each half alone, until the one that fails stands alone.
+    """Encode together; on a failure each half alone, and of a few images each one.
 
-    Halving also is what helps when a GPU's memory is too small for the batch.
+    Halving also is what helps when a GPU's memory is too small for the batch. To halve further
+    would encode most of the few twice more, for one that fails.
     """
     if not group:
         return []
@@ -332,10 +336,11 @@ def _encode_group(
             _log.warning("encoding %r failed: %r", group[0].key, exc)
             reason = f"{ENCODE_FAILED}: {type(exc).__name__}: {exc}"[:MAX_REASON_CHARS]
             return [_row_without_stream(group[0], policy, reason)]
-    middle = len(group) // 2
+    size = 1 if len(group) <= FEW_IMAGES else (len(group) + 1) // 2
     return [
-        *_encode_group(group[:middle], codec, policy, start),
-        *_encode_group(group[middle:], codec, policy, start),
+        row
+        for first in range(0, len(group), size)
+        for row in _encode_group(group[first : first + size], codec, policy, start)
     ]
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any, NamedTuple
 
-from dicmh_ray.pipeline.chart import Series, aligned, clipped, histogram_figure
+from dicmh_ray.pipeline.chart import Series, aligned, bins_shown, clipped, histogram_figure
 from dicmh_ray.pipeline.encode import (
     BELOW_FLOOR,
     DAMAGED_SOURCE,
@@ -166,19 +166,19 @@ def _status_bar(tally: Tally) -> str:
 def _charts(tally: Tally) -> str:
     found = tally.summary.histograms
     streams = {"look": "ok", "name": "streams"}
-    psnr = found["psnr"]
+    bpp, psnr, states = found["bpp"], found["psnr"], found["states"]
     charts = [
         histogram_figure(
             "Rate",
             "bits per pixel",
-            [Series(columns=found["bpp"].columns(), **streams)],
+            [Series(columns=bpp.columns(bins_shown(bpp)), **streams)],
             label=_short,
-            median=found["bpp"].quantile(0.5),
+            median=bpp.quantile(0.5),
         ),
         histogram_figure(
             "Quality",
             "PSNR, dB",
-            [Series(columns=clipped(psnr.columns(), PSNR_SHOWN_TO), **streams)],
+            [Series(columns=clipped(psnr.columns(bins_shown(psnr)), PSNR_SHOWN_TO), **streams)],
             label=lambda edge: f"{edge:.0f}{'+' if edge >= PSNR_SHOWN_TO else ''}",
             median=psnr.quantile(0.5),
         ),
@@ -191,7 +191,7 @@ def _charts(tally: Tally) -> str:
         histogram_figure(
             "States",
             "states written",
-            [Series(columns=found["states"].columns(), **streams)],
+            [Series(columns=states.columns(range(1, max(states.bins, default=0) + 1)), **streams)],
             label=lambda edge: f"{edge:.0f}",
             is_discrete=True,
         ),
@@ -217,8 +217,9 @@ def _causes(tally: Tally) -> str:
             f"<td>{escape(MEANING.get(cause, ''))}<ul class=examples>{examples}</ul></td></tr>"
         )
     return (
-        "<section><h2>Images without a stream</h2><table><thead><tr><th>Cause<th class=n>Images"
-        f"<th>Meaning and first examples</tr></thead><tbody>{''.join(rows)}</tbody></table></section>"
+        "<section><h2>Images without a stream</h2><div class=wide><table><thead><tr><th>Cause<th class=n>Images"
+        f"<th>Meaning and first examples</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "</section>"
     )
 
 
@@ -233,19 +234,19 @@ def _worst(worst: Sequence[WorstImage], thumbnails: Mapping[str, Sequence[Thumbn
             for one in thumbnails.get(image.key, ())
         )
         rows.append(
-            f"<tr><td><code>{escape(image.key)}</code></td>"
+            "<tr>"
+            + (f"<td class=pictures>{pictures}</td>" if thumbnails else "")
+            + f"<td><code>{escape(image.key)}</code></td>"
             f"<td class=n>{image.psnr:.2f}</td>"
             f"<td class=n>{_optional(image.worst_tile_psnr, '{:.2f}')}</td>"
             f"<td class=n>{_optional(image.bpp, '{:.3f}')}</td>"
-            f"<td class=n>{_optional(image.num_states, '{}')}</td>"
-            + (f"<td class=pictures>{pictures}</td>" if thumbnails else "")
-            + "</tr>"
+            f"<td class=n>{_optional(image.num_states, '{}')}</td></tr>"
         )
-    more = "<th>Picture" if thumbnails else ""
+    first = "<th>Picture" if thumbnails else ""
     return (
-        "<section><h2>Lowest PSNR among the streams</h2><table><thead><tr><th>Key<th class=n>PSNR dB"
-        f"<th class=n>Worst tile dB<th class=n>bpp<th class=n>States{more}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></section>"
+        "<section><h2>Lowest PSNR among the streams</h2><div class=wide><table><thead><tr>"
+        f"{first}<th>Key<th class=n>PSNR dB<th class=n>Worst tile dB<th class=n>bpp"
+        f"<th class=n>States</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 
@@ -253,10 +254,10 @@ def _job(report: JobReport) -> str:
     seconds = report.unit_seconds
     quantiles = ", ".join(
         f"{name} {_optional(seconds.quantile(share), '{:.1f}')} s"
-        for name, share in (("half below", 0.5), ("90 %", 0.9), ("99 %", 0.99))
+        for name, share in (("50 % below", 0.5), ("90 % below", 0.9), ("99 % below", 0.99))
     )
     facts = [
-        ("Runtime", f"{report.runtime}, {report.workers} workers"),
+        ("Runtime", f"{report.runtime}, {_counted(report.workers, 'worker')}"),
         ("Time", f"{report.seconds:,.1f} s, processor time of workers {report.cpu_seconds:,.1f} s"),
         (
             "Speed",
@@ -264,13 +265,14 @@ def _job(report: JobReport) -> str:
         ),
         ("Units", f"{report.units_done:,} done, {report.units_resumed:,} were done before"),
         ("Seconds a unit", quantiles),
-        ("Retries", f"{report.units_retried:,} of units, {report.workers_died:,} workers died"),
+        ("Retries", _counted(report.units_retried, "unit") + " tried again"),
+        ("Deaths", _counted(report.workers_died, "worker") + " died in a unit"),
     ]
     if report.units_failed:
         names = ", ".join(report.units_failed[:20])
         facts.append(("Units given up", f"{len(report.units_failed):,}: {names}"))
     rows = "".join(f"<tr><th>{name}<td>{escape(value)}</tr>" for name, value in facts)
-    return f"<section><h2>This run</h2><table class=facts><tbody>{rows}</tbody></table></section>"
+    return f"<section><h2>This run</h2><div class=wide><table class=facts><tbody>{rows}</tbody></table></div></section>"
 
 
 def _parameters(facts: PageFacts) -> str:
@@ -281,6 +283,10 @@ def _parameters(facts: PageFacts) -> str:
         f"<section>{note}<details><summary>Policy and source options</summary>"
         f"<pre>{escape(text)}</pre></details></section>"
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _short(value: float) -> str:
@@ -328,7 +334,7 @@ small,.kicker,header p{color:var(--dim)}
 .error{background:var(--badbg);color:var(--failed);border-radius:8px;padding:8px 12px}
 header .error{color:var(--failed)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:20px}
-.tile,figure,table{background:var(--card);border:1px solid var(--line);border-radius:10px}
+.tile,figure,.wide{background:var(--card);border:1px solid var(--line);border-radius:10px}
 .tile{padding:12px 14px;display:flex;flex-direction:column}
 .tile span{color:var(--dim);font-size:13px}.tile b{font-size:22px;font-weight:650;line-height:1.35}
 .status{margin-top:16px}.status svg{display:block;width:100%;height:14px;border-radius:7px}
@@ -347,7 +353,7 @@ figure svg{display:block;width:100%;height:auto}
 svg text{fill:var(--dim);font-size:11px;text-anchor:middle}svg text.y{text-anchor:end}
 svg .grid{stroke:var(--line)}svg .axis{stroke:var(--dim);stroke-width:1}
 svg .median{stroke:var(--ink);stroke-dasharray:3 3;stroke-opacity:.6}
-table{width:100%;border-collapse:separate;border-spacing:0;overflow:hidden}
+.wide{overflow-x:auto}table{width:100%;border-collapse:separate;border-spacing:0}
 th,td{text-align:left;vertical-align:top;padding:9px 12px;border-bottom:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:0}
 thead th{font-size:13px;color:var(--dim);font-weight:600}
@@ -362,6 +368,6 @@ thead th{font-size:13px;color:var(--dim);font-weight:600}
 .none{color:var(--dim)}
 pre{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px;overflow:auto;
 font:13px/1.45 ui-monospace,"DejaVu Sans Mono",monospace}
-summary{cursor:pointer;color:var(--dim)}
-@media print{body{background:#fff}.tile,figure,table{break-inside:avoid}}
+details{margin-top:16px}summary{cursor:pointer;color:var(--dim)}
+@media print{body{background:#fff}.tile,figure,tr{break-inside:avoid}}
 """

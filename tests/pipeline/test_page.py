@@ -8,8 +8,15 @@ import pytest
 from dicmh_ray.archive import compact_archive, open_snapshot
 from dicmh_ray.pipeline import Tally
 from dicmh_ray.pipeline.archive_facts import tally_of
-from dicmh_ray.pipeline.chart import Series, clipped, histogram_figure
+from dicmh_ray.pipeline.chart import (
+    COLUMNS_LEAST,
+    Series,
+    bins_shown,
+    clipped,
+    histogram_figure,
+)
 from dicmh_ray.pipeline.encode import FAILURE_CAUSES
+from dicmh_ray.pipeline.histogram import Histogram, Scale
 from dicmh_ray.pipeline.page import MEANING, PageFacts, Thumbnail, render_page
 from dicmh_ray.ray_plugin import compress
 from tests.fake_codec import FakeCodec
@@ -133,3 +140,15 @@ def test_columns_are_as_high_as_their_counts():
     ]
     assert heights[1] == pytest.approx(2 * heights[0])
     assert clipped(columns, 1.0) == [(0.0, 1.0, 5), (1.0, 2.0, 10)]
+
+
+def test_an_axis_of_few_bins_is_widened_and_one_of_many_is_not():
+    for values in ([33.5], [33.5, 36.5], [*range(20, 50)]):
+        histogram = Histogram(scale=Scale(1.0))
+        for value in values:
+            histogram.add(value)
+        shown = bins_shown(histogram)
+        span = max(histogram.bins) + 1 - min(histogram.bins)
+        assert len(shown) == max(COLUMNS_LEAST, span)
+        assert set(shown) >= set(histogram.bins)
+    assert len(bins_shown(Histogram(scale=Scale(1.0)))) == 0
