@@ -31,13 +31,15 @@ from dicmh_ray.cli.manifests import (
     GRACE_S,
     JOBS_FOLDER,
     RAY_VERSION,
+    SCRIPTS,
     USER_ID,
     entrypoint,
     manifests,
 )
 from dicmh_ray.cli.yaml_text import Noted, without_notes, yaml_documents
 from dicmh_ray.errors import ManifestError
-from jobs import compress_collection, verify_archive
+from dicmh_ray.pipeline.stopping import GRACE_S as DRIVER_GRACE_S
+from jobs import analyze_collection, compress_collection, decode_views, verify_archive
 from tests.kubernetes_schemas import (
     faults_by_controllers,
     faults_by_schema,
@@ -48,6 +50,13 @@ from tests.kubernetes_schemas import (
 
 ROOT = Path(verify_archive.__file__).parents[1]
 K8S = ROOT / "k8s"
+
+JOBS = {
+    "compress": compress_collection,
+    "verify": verify_archive,
+    "analyze": analyze_collection,
+    "decode": decode_views,
+}
 
 IMAGE = "registry.example/dicmh"
 BASES = {
@@ -61,6 +70,17 @@ BASES = {
         *("--job", "verify", "--image", f"{IMAGE}:0.1.0-cpu"),
         *("--archive", "s3://example-archives/photos", "--secret", "dicmh-store"),
         *("--head-cpus", "4", "--retries", "1", "--hours", "24"),
+    ],
+    "analyze": [
+        *("--job", "analyze", "--image", f"{IMAGE}:0.1.0-cpu"),
+        *("--archive", "s3://example-archives/photos", "--task", "classify"),
+        *("--cpu-workers", "1:8", "--secret", "dicmh-store"),
+        *("--", "--net", "s3://example-nets/classifier.onnx"),
+    ],
+    "decode": [
+        *("--job", "decode", "--image", f"{IMAGE}:0.1.0-cpu"),
+        *("--archive", "s3://example-archives/photos", "--target", "s3://example-pictures/photos"),
+        *("--cpu-workers", "4", "--secret", "dicmh-store"),
     ],
     "interactive": [
         *("--job", "interactive", "--image", f"{IMAGE}:0.1.0-cuda"),
@@ -110,6 +130,10 @@ def options(**changes):
         job["sources"] = []
     if changes.get("job") == "verify":
         job["gpu_workers"] = Replicas()
+    if changes.get("job") == "analyze":
+        job["task"] = "classify"
+    if changes.get("job") == "decode":
+        job |= {"target": "s3://bucket/out", "gpu_workers": Replicas(minimum=2, maximum=2)}
     if changes.get("job") == "interactive":
         job["archive"] = ""
     return JobOptions(**{**job, **changes})
@@ -264,7 +288,7 @@ def test_the_resolver_and_kubectl_build_the_same(folder):
 
 @pytest.mark.parametrize("name", BASES)
 def test_the_base_is_what_render_writes_to_the_byte(name, tmp_path):
-    invoke(*BASES[name], "-o", tmp_path / "out")
+    invoke("-o", tmp_path / "out", *BASES[name])
     written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert written == {path.name: path.read_text() for path in (K8S / "base" / name).iterdir()}
 
@@ -292,13 +316,17 @@ def test_a_rendered_folder_builds_to_the_rendered_stream(tmp_path):
 @functools.cache
 def every_rendering():
     """(options, objects) of every kind of job, size and queue, the other choices by chance."""
-    kinds = ["compress", "verify", "interactive"]
+    kinds = ["compress", "verify", "interactive", "analyze", "decode"]
     sizes = [("1:4", "0:2"), ("2:2", "0:0"), ("0:0", "2:8"), ("0:0", "3:3")]
     chance = random.Random(1)
     renderings = []
     for job, (gpus, cpus), queue in itertools.product(kinds, sizes, (None, "batch")):
         if job == "verify":
             gpus = cpus = "0"
+        if job in ("analyze", "decode") and gpus != "0:0":
+            cpus = "0"
+        if job == "decode":
+            gpus, cpus = gpus[-1], cpus[-1]
         spot = chance.choice(["never", "prefer", "require"])
         secret, account = chance.choice([None, "store"]), chance.choice([None, "cloud-identity"])
         job_options = options(
@@ -503,6 +531,9 @@ def test_workers_have_time_to_leave_and_the_head_does_not_encode():
                 grace = template["spec"]["terminationGracePeriodSeconds"]
                 assert drain == (DRAIN_S if role == "worker" else 0)
                 assert drain < grace <= GRACE_S
+                # What the engine gives a unit that runs, and some seconds to leave.
+                assert grace >= DRIVER_GRACE_S + 5
+                assert role == "head" or drain >= DRIVER_GRACE_S
 
 
 def test_spot_machines_get_workers_and_nothing_else():
@@ -657,17 +688,31 @@ def test_an_address_reaches_the_script_as_it_was_given(source):
 
 
 def test_the_scripts_of_the_image_take_what_is_rendered():
-    words = shlex.split(entrypoint(options(job="verify", arguments=["--subset", "1/8"])))
-    parsed = verify_archive.parse(words[2:])
+    parsed = parsed_as_job(entrypoint(options(job="verify", arguments=["--subset", "1/8"])))
     assert (parsed.archive, parsed.subset) == ("s3://bucket/archive", "1/8")
-    for folder in BUILDABLE:
-        for one in build(folder):
-            if one["kind"] == "RayJob":
-                words = shlex.split(one["spec"]["entrypoint"])
-                script = words[1].removeprefix(f"{JOBS_FOLDER}/")
-                assert (ROOT / "jobs" / script).is_file()
-                if script == "compress_collection.py":
-                    compress_collection.parse(words[2:])
+    net = ["--net", "s3://nets/a.onnx", "--states", "2"]
+    parsed = parsed_as_job(entrypoint(options(job="analyze", arguments=net)))
+    assert (parsed.archive, parsed.task, parsed.net) == (
+        "s3://bucket/archive", "classify", "s3://nets/a.onnx"
+    )  # fmt: skip
+    assert (parsed.ray_address, parsed.workers, parsed.local) == ("auto", 4, False)
+    parsed = parsed_as_job(entrypoint(options(job="decode", arguments=["--view", "thumbnail"])))
+    assert (parsed.archive, parsed.output) == ("s3://bucket/archive", "s3://bucket/out")
+    assert (parsed.ray_address, parsed.num_gpus, parsed.runtime) == ("auto", 1, "ray")
+    found = [one for folder in BUILDABLE for one in build(folder)]
+    found += [one for _, rendering in every_rendering() for one in rendering]
+    entrypoints = {one["spec"]["entrypoint"] for one in found if one["kind"] == "RayJob"}
+    assert {parsed_as_job(one).archive.partition("://")[0] for one in entrypoints} == {"s3"}
+
+
+def parsed_as_job(command):
+    """What the script makes of its words; argparse ends the test where it does not know one."""
+    python, script, *words = shlex.split(command)
+    assert python == "python"
+    kind = {script: kind for kind, script in SCRIPTS.items()}[
+        script.removeprefix(f"{JOBS_FOLDER}/")
+    ]
+    return JOBS[kind].parse(words)
 
 
 @pytest.mark.parametrize(
@@ -722,6 +767,15 @@ REFUSED = {
     "no worker at all": {"gpu_workers": Replicas()},
     "workers that verify": {"job": "verify", "gpu_workers": Replicas(minimum=1, maximum=1)},
     "sources to verify": {"job": "verify", "sources": ["s3://a/b"]},
+    "sources to analyze": {"job": "analyze", "sources": ["s3://a/b"]},
+    "analyze without a task": {"job": "analyze", "task": None},
+    "a task that is none": {"job": "analyze", "task": "--where"},
+    "a task to compress": {"task": "classify"},
+    "readers that analyze": {"job": "analyze", "cpu_workers": Replicas(minimum=1, maximum=1)},
+    "decode to nowhere": {"job": "decode", "target": None},
+    "decode to this machine": {"job": "decode", "target": "pictures/"},
+    "a target to verify": {"job": "verify", "target": "s3://a/b"},
+    "decode that grows": {"job": "decode", "gpu_workers": Replicas(minimum=1, maximum=2)},
     "a script for an interactive cluster": {"job": "interactive", "archive": "s3://a/b"},
     "an interactive cluster of a head": {"job": "interactive", "gpu_workers": Replicas()},
     "a port": {"store_port": 0},
@@ -887,10 +941,7 @@ def test_the_image_holds_the_scripts_where_the_manifests_look_for_them():
             assert f"!{source}" in ignored
         if sources[0].startswith("jobs/"):
             assert target == f"{JOBS_FOLDER}/"
-            assert {Path(source).name for source in sources} == {
-                "compress_collection.py",
-                "verify_archive.py",
-            }
+            assert {Path(source).name for source in sources} == {*SCRIPTS.values()}
 
 
 # --------------------------------------------------------------------------------- verify_archive

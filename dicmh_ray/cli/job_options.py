@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from dicmh_ray.errors import ManifestError
 
-MAX_NAME = {"compress": 47, "verify": 47, "interactive": 53}
+MAX_NAME = {"compress": 47, "verify": 47, "analyze": 47, "decode": 47, "interactive": 53}
 """KubeRay refuses longer ones: it appends to them what names pods and services."""
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z")
@@ -22,6 +22,7 @@ _IMAGE = re.compile(
     r"(?P<name>[a-z0-9]([a-z0-9._/-]|:[0-9]+/)*[a-z0-9])"
     r"(:(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?(@sha256:(?P<digest>[0-9a-f]{64}))?\Z"
 )
+_TASK = re.compile(r"[a-z][a-z0-9-]*\Z|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*\Z")
 _CREDENTIAL = re.compile(
     r"(secret|token|passw|credential|signature|access.?key|[?&]sig)[^=]*=", re.IGNORECASE
 )
@@ -85,7 +86,7 @@ class JobOptions:
         ManifestError: the message says which value, and what is wanted.
     """
 
-    job: Literal["compress", "verify", "interactive"]
+    job: Literal["compress", "verify", "analyze", "decode", "interactive"]
     name: str
     """Of the job and, with endings, of everything that goes with it."""
 
@@ -95,6 +96,14 @@ class JobOptions:
 
     archive: str = ""
     sources: Sequence[str] = ()
+    """Of compress."""
+
+    task: str | None = None
+    """Of analyze: as ``dicmh analyze`` names it."""
+
+    target: str | None = None
+    """Of decode: where the pictures go."""
+
     arguments: Sequence[str] = ()
     """Further ones of the script in jobs/, as they are."""
 
@@ -184,8 +193,16 @@ class JobOptions:
             wanted = "none: verification runs on the head, see --head-cpus"
             _check("GPU workers", self.gpu_workers.maximum, not self.gpu_workers.maximum, wanted)
             _check("CPU workers", self.cpu_workers.maximum, not self.cpu_workers.maximum, wanted)
-        elif self.job == "compress":
+        elif self.job != "interactive":
             # The job asks the cluster at its start whether there are GPUs, and how many CPUs.
+            if self.job == "decode":
+                wanted = "N:N: it takes the machines that are there when it starts"
+                _check("workers", "MIN:MAX", not self.is_elastic, wanted)
+            if self.job != "compress" and self.gpu_workers.maximum:
+                wanted = "none beside GPUs: only compress has readers"
+                _check(
+                    "CPU workers", self.cpu_workers.maximum, not self.cpu_workers.maximum, wanted
+                )
             if self.gpu_workers.maximum:
                 _check("fewest GPU workers", self.gpu_workers.minimum, self._has_gpu, "at least 1")
             else:
@@ -201,6 +218,8 @@ class JobOptions:
                 ("archive", self.archive),
                 ("source", self.sources),
                 ("arguments", self.arguments),
+                ("task", self.task),
+                ("target", self.target),
             ):
                 _check(name, given, not given, "none: an interactive cluster runs no script")
             return
@@ -210,7 +229,22 @@ class JobOptions:
             for source in self.sources:
                 _check_address("source", source)
         else:
-            _check("source", list(self.sources), not self.sources, "none: verify reads the archive")
+            wanted = f"none: {self.job} reads the archive"
+            _check("source", list(self.sources), not self.sources, wanted)
+        is_wanted = self.job == "analyze"
+        _check(
+            "task", self.task, bool(self.task) == is_wanted, "one for analyze, and for nothing else"
+        )
+        if self.task:
+            _check_text("task", self.task)
+            _check(
+                "task", self.task, bool(_TASK.match(self.task)), "a name or package.module:Class"
+            )
+        is_wanted = self.job == "decode"
+        wanted = "a URL for decode, and none for anything else"
+        _check("target", self.target, bool(self.target) == is_wanted, wanted)
+        if self.target:
+            _check_address("target", self.target)
         for argument in self.arguments:
             _check_text("argument", argument)
 

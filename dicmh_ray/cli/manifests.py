@@ -1,7 +1,7 @@
 """Kubernetes objects of a job: KubeRay's RayJob or RayCluster, and what stands around it.
 
     JobOptions ──> accounts, network policies, disruption budget of the head ─┐
-               └─> RayJob (compress, verify) or RayCluster (interactive) ─────┴─> manifests by file
+               └─> RayJob (the others) or RayCluster (interactive) ─────┴─> manifests by file
 
 ``k8s/base`` holds exactly what this module makes of plain options; a test compares them. What is
 said here about KubeRay and Kueue was read in the sources of KubeRay 1.7 and Kueue 0.19.
@@ -16,6 +16,14 @@ from dicmh_ray.cli.yaml_text import Noted
 
 RAY_VERSION = "2.60.0"
 """That of requirements/constraints.txt, from which the images are made."""
+
+SCRIPTS = {
+    "compress": "compress_collection.py",
+    "verify": "verify_archive.py",
+    "analyze": "analyze_collection.py",
+    "decode": "decode_views.py",
+}
+"""In jobs/, by the kind of job."""
 
 JOBS_FOLDER = "/opt/dicmh/jobs"
 """Where k8s/docker/Dockerfile puts the scripts."""
@@ -52,12 +60,17 @@ def entrypoint(options: JobOptions) -> str:
     ``$(NAME)`` and halves ``$$``, then bash takes off one layer of quotes. ``ray job submit`` puts
     them back for the shell of the head. So: quoted once, and every dollar sign doubled.
     """
-    script = {"compress": "compress_collection.py", "verify": "verify_archive.py"}[options.job]
-    words = ["python", f"{JOBS_FOLDER}/{script}", *options.sources, options.archive]
-    if options.job == "compress":
+    words = ["python", f"{JOBS_FOLDER}/{SCRIPTS[options.job]}", *options.sources, options.archive]
+    if options.target is not None:
+        words.append(options.target)
+    if options.task is not None:
+        words += ["--task", options.task]
+    if options.job != "verify":
         words += ["--ray-address", "auto"]
         if options.is_elastic:
             words += ["--workers", str(_most_actors(options))]
+    if options.job == "decode" and options.gpu_workers.maximum:
+        words += ["--num-gpus", "1"]
     return shlex.join([*words, *options.arguments]).replace("$", "$$")
 
 

@@ -17,6 +17,8 @@ class KubernetesJob(StrEnum):
 
     COMPRESS = "compress"
     VERIFY = "verify"
+    ANALYZE = "analyze"
+    DECODE = "decode"
     INTERACTIVE = "interactive"
 
 
@@ -47,6 +49,12 @@ def k8s_render(
         list[str] | None, typer.Option(metavar="URL", help="As for compress. Repeatable.")
     ] = None,
     archive: Annotated[str, typer.Option(metavar="URL", help="The archive's address.")] = "",
+    task: Annotated[
+        str | None, typer.Option(help="Of analyze: as for `dicmh analyze`, a net by its URL.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of decode: where the pictures go.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the job. Default: dicmh-JOB.")] = None,
     namespace: Annotated[str, typer.Option(help="Where it runs.")] = "dicmh",
     queue: Annotated[
@@ -92,6 +100,10 @@ def k8s_render(
 
         dicmh k8s render --job verify --image registry.example/dicmh:0.1.0-cpu
         --archive s3://archives/photos -o verify/ -- --subset 1/8
+
+        dicmh k8s render --job analyze --image registry.example/dicmh:0.1.0-cpu
+        --archive s3://archives/photos --task classify --cpu-workers 2:16
+        -- --net s3://nets/classifier.onnx
     """
     from dicmh_ray.cli.job_options import JobOptions, PodSize, Replicas
     from dicmh_ray.cli.kubernetes import run_render
@@ -105,6 +117,8 @@ def k8s_render(
             image=image,
             archive=archive,
             sources=source or [],
+            task=task,
+            target=target,
             arguments=arguments or [],
             gpu_workers=Replicas.parse("--gpu-workers", gpu_workers),
             cpu_workers=Replicas.parse("--cpu-workers", cpu_workers),
