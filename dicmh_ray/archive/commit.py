@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -94,6 +94,10 @@ class PartFacts:
             footer_sha256=part.footer_sha256,
             row_groups=part.row_groups,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a commit's JSON."""
+        return {**_fields(self), "row_groups": [_fields(group) for group in self.row_groups]}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> "PartFacts":
@@ -194,7 +198,12 @@ class Commit:
 
     def to_bytes(self) -> bytes:
         """The object's bytes."""
-        body = {**asdict(self), "parts": [asdict(part) for part in self.parts]}
+        body = {
+            **_fields(self),
+            "parts": [part.to_dict() for part in self.parts],
+            "index": _fields(self.index),
+            "statistics": _fields(self.statistics),
+        }
         return seal(COMMIT_FORMAT, COMMIT_VERSION, body)
 
     @classmethod
@@ -223,6 +232,11 @@ class Commit:
         for stored in (*(part.name for part in commit.parts), commit.index.name):
             check_name(stored)
         return commit
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass as they are: ``asdict`` copies all that is in them, ten times slower."""
+    return {field: getattr(value, field) for field in value.__slots__}
 
 
 def created_by() -> str:

@@ -13,16 +13,24 @@ from dicmh_ray.archive.manifest import Manifest
 from dicmh_ray.archive.store import Store
 from dicmh_ray.errors import CorruptObjectError
 
+MAX_JOINED_BYTES = 2**30
+"""No joined index is longer: its writer holds it in memory, twice, and a store takes 5 GiB at once."""
+
 logger = logging.getLogger(__name__)
 
 
 def put_joined_index(store: Store, manifest: Manifest) -> None:
     """Write the joined index of a version that is about to be published.
 
-    A version of one unit needs none. One whose indexes cannot be read goes without.
+    A version of one unit needs none. One whose indexes cannot be read, or are too large, goes
+    without.
     """
     commits = list(manifest.commits.values())
     if len(commits) < 2:
+        return
+    num_bytes = sum(commit.index.num_bytes for commit in commits)
+    if num_bytes > MAX_JOINED_BYTES:
+        logger.info("no joined index is written: it would have %d bytes", num_bytes)
         return
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         try:

@@ -11,6 +11,7 @@ import pytest
 from dicmh_ray.archive import (
     ArchiveWriter,
     create_archive,
+    joined_index,
     open_snapshot,
     verify_archive,
     writer,
@@ -288,3 +289,16 @@ def test_a_job_killed_between_any_two_writes_is_resumed(tmp_path):
         assert report.exit_code == 0
         assert report.is_complete
         assert report.rows == 6
+
+
+def test_indexes_too_large_to_be_joined_are_read_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(joined_index, "MAX_JOINED_BYTES", 100)
+    uri = str(tmp_path / "archive")
+    job = create_archive(uri, plan=plan_of("u0", "u1"), codec_files=CODEC_FILES)
+    for number, unit in enumerate(["u0", "u1"]):
+        job.commit_unit(unit, mixed_rows(10 * number, 3))
+    manifest = job.finalize()
+    assert manifest.joined_index not in open_snapshot(uri).store.list("")
+    assert verify_archive(uri).exit_code == 0
+    reader = ArchiveReader.open(uri)
+    assert [reader.get(key).key for key in reader.keys()] == list(reader.keys())  # noqa: SIM118
