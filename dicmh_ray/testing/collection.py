@@ -3,13 +3,15 @@
 import io
 import tarfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
-from dicmh_ray.archive import EncodedImage, verify_archive
+from dicmh_ray.archive import EncodedImage, open_snapshot, verify_archive
+from dicmh_ray.errors import ArchiveError
 from dicmh_ray.reader import ArchiveReader
 
 BLOBS = ("base", "detail", "original")
@@ -49,29 +51,39 @@ def make_collection(
     return tars
 
 
-def rows_by_key(
-    archive: str, storage_options: Mapping[str, Any] | None = None
-) -> dict[str, EncodedImage]:
-    """Every row, whole.
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """All that a reader finds in an archive."""
 
-    Raises:
-        ValueError: a key is there twice.
+    rows: Mapping[str, EncodedImage]
+    """By key, whole."""
+
+    part_sha256: tuple[str, ...] | None
+    """Of every part's file, in row order; None where they do not matter.
+
+    A part that a compaction made names the commits that it was made from, each with its attempt.
     """
-    rows: dict[str, EncodedImage] = {}
-    reader = ArchiveReader.open(archive, storage_options=storage_options)
-    for row in reader.rows(blobs=BLOBS):
-        if row.key in rows:
-            raise ValueError(f"{row.key!r} is there twice")
-        rows[row.key] = row
-    return rows
+
+    @classmethod
+    def read(cls, archive: str, storage_options: Mapping[str, Any] | None = None) -> Self:
+        """Read everything.
+
+        Raises:
+            ValueError: a key is there twice.
+        """
+        snapshot = open_snapshot(archive, storage_options=storage_options)
+        rows: dict[str, EncodedImage] = {}
+        for row in ArchiveReader(snapshot).rows(blobs=BLOBS):
+            if row.key in rows:
+                raise ValueError(f"{row.key!r} is there twice")
+            rows[row.key] = row
+        return cls(rows=rows, part_sha256=tuple(part.sha256 for part in snapshot.parts))
 
 
 def judge(
-    archive: str,
-    expected: Mapping[str, EncodedImage],
-    storage_options: Mapping[str, Any] | None = None,
+    archive: str, expected: Contents, storage_options: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """What is wrong with an archive: lost, duplicated, unreadable or other rows than expected."""
+    """What is wrong with an archive: lost, duplicated, unreadable or other rows, or other bytes."""
     report = verify_archive(archive, storage_options=storage_options)
     faults = [str(problem) for problem in report.problems]
     if report.unchecked:
@@ -79,14 +91,16 @@ def judge(
     if not report.is_complete:
         faults.append("has no manifest")
     try:
-        rows = rows_by_key(archive, storage_options)
-    except ValueError as exc:
+        found = Contents.read(archive, storage_options)
+    except (ValueError, ArchiveError) as exc:
         return [*faults, str(exc)]
-    faults += [f"{key!r} is missing" for key in expected.keys() - rows.keys()]
-    faults += [f"{key!r} is not of the source" for key in rows.keys() - expected.keys()]
+    faults += [f"{key!r} is missing" for key in expected.rows.keys() - found.rows.keys()]
+    faults += [f"{key!r} is not of the source" for key in found.rows.keys() - expected.rows.keys()]
     faults += [
         f"{key!r} differs from the undisturbed run"
-        for key in expected.keys() & rows.keys()
-        if rows[key] != expected[key]
+        for key in expected.rows.keys() & found.rows.keys()
+        if found.rows[key] != expected.rows[key]
     ]
+    if expected.part_sha256 not in (None, found.part_sha256):
+        faults.append("its parts have other bytes than the undisturbed run's")
     return faults
