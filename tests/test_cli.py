@@ -201,6 +201,9 @@ def test_a_missing_archive_cannot_be_verified(run, tmp_path):
         ("--runtime", "cloud"),
         ("--keep-original", "sometimes"),
         ("--storage-option", "novalue"),
+        ("--min-workers", "3", "--workers", "2"),
+        ("--gpus-per-worker", "1.5"),
+        ("--runtime", "local", "--readers", "always"),
     ],
     ids=" ".join,
 )
@@ -338,6 +341,15 @@ def test_version_names_the_package_and_its_libraries(run):
 )
 def test_every_command_has_help(run, command):
     assert "Usage: " in run(command, "--help").stdout
+
+
+def test_the_options_of_compress_stand_in_sections(run):
+    text = run("compress", "--help").stdout
+    headings = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings[0] == "Arguments:"
+    assert headings[-1] == "Options:"
+    assert text.split("\nOptions:\n")[1].startswith("  --help")
+    assert text.index("On Ray:") < text.index("--max-concurrency") < text.index("Resume, append")
 
 
 def test_help_loads_nothing_heavy():

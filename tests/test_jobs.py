@@ -34,6 +34,12 @@ def test_flipped_and_cut_objects_are_named() -> None:
     assert "0 cases not found or not named" in run_job("check_damage.py", "--stride", "499")
 
 
+def test_a_collection_with_broken_images_is_accounted_for() -> None:
+    """Its verdict on speed needs more images: here any is good enough."""
+    output = run_job("poison_run.py", "--images", "60", "--poison", "0.2", "--tolerance", "1")
+    assert "causes: {'encode-failed': 2, 'unreadable': 10}" in output
+
+
 def test_training_curves_are_drawn_from_the_logs_of_runs(tmp_path: Path) -> None:
     for run in ("first", "second"):
         (tmp_path / run).mkdir()

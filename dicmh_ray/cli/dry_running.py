@@ -39,7 +39,7 @@ def run_dry(
     as_json: bool,
 ) -> None:
     """List the units; with ``--sample``, say what the job would come to. Writes nothing."""
-    workers = arguments.workers
+    workers = arguments.ray["workers"]
     if workers is None:
         workers = 1 if arguments.runtime == "local" else os.cpu_count() or 1
     options = None

@@ -5,30 +5,48 @@ from typing import Annotated
 
 import typer
 
+RATE, SOURCE, TAGS = "Rate, quality, originals", "Source and store", "Tags"
+WHERE, RAY, AGAIN = "Where it runs", "On Ray", "Resume, append, give up"
+WATCH, DRY = "Watch and report", "Dry run"
+"""Headings of options, in the help of commands that have so many that they need some."""
+
 ArchiveArgument = Annotated[str, typer.Argument(metavar="ARCHIVE", help="Its folder or URL.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=WATCH)]
 StorageOption = Annotated[
     list[str] | None,
     typer.Option(
         "--storage-option",
         metavar="NAME=VALUE",
         help="For the fsspec file system of remote addresses, e.g. `anon=true`. Repeatable.",
+        rich_help_panel=SOURCE,
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="Where the codec runs: cpu, cuda, cuda:1, auto.")]
-CheckpointOption = Annotated[str, typer.Option(help="Checkpoint: `default` or a directory.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where the codec runs: cpu, cuda, cuda:1, auto.", rich_help_panel=WHERE)
+]
+CheckpointOption = Annotated[
+    str, typer.Option(help="Checkpoint: `default` or a directory.", rich_help_panel=RATE)
+]
 VocabularyOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
         help="Words to look for, one a line. Default: the checkpoint's, where it has some.",
+        rich_help_panel=TAGS,
     ),
 ]
 ThresholdOption = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Score from which a word is a tag.")
+    float | None,
+    typer.Option(min=0, max=1, help="Score from which a word is a tag.", rich_help_panel=TAGS),
 ]
-TopKOption = Annotated[int | None, typer.Option(min=1, help="Tags of a picture at most.")]
+TopKOption = Annotated[
+    int | None, typer.Option(min=1, help="Tags of a picture at most.", rich_help_panel=TAGS)
+]
 PromptOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="Sentence with {} for the word. Repeatable: averaged."),
+    typer.Option(
+        metavar="TEXT",
+        help="Sentence with {} for the word. Repeatable: averaged.",
+        rich_help_panel=TAGS,
+    ),
 ]

@@ -28,7 +28,7 @@ from dicmh_ray.pipeline import EncodeOptions, EncodePolicy, JobObserver, JobRepo
 from dicmh_ray.pipeline.encode import FAILURE_CAUSES
 from dicmh_ray.pipeline.event_log import JsonEventLog
 from dicmh_ray.pipeline.metrics import MetricsObserver, TextfileSink
-from dicmh_ray.ray_plugin import RayOptions, compress
+from dicmh_ray.ray_plugin import compress
 
 STANDARD_ERROR = "-"
 """In the place of a file name."""
@@ -39,11 +39,7 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
     with usage_checked():
         policy = EncodePolicy(**arguments.policy)
         source_options = arguments.source_options()
-        ray_options = RayOptions(
-            address=arguments.ray_address,
-            workers=arguments.workers,
-            max_concurrency=arguments.max_concurrency,
-        )
+        ray_options = arguments.ray_options()
         budget = failure_budget(arguments.failure_budget)
     with told_in_one_line():
         tagger = arguments.tagger.spec(arguments.checkpoint) if arguments.tagger else None

@@ -17,6 +17,9 @@ class Scale:
     is_log: bool = False
     """Bins of equal ratio, for quantities over several orders of magnitude."""
 
+    is_whole: bool = False
+    """Each bin holds one whole number; a quantile is one of them."""
+
     def bin_of(self, value: float) -> int:
         """The bin a value falls in. On a logarithmic scale, values below 1e-9 count as 1e-9."""
         position = math.log2(max(value, 1e-9)) if self.is_log else value
@@ -67,6 +70,8 @@ class Histogram:
             below += self.bins[number]
             if below >= wanted:
                 low, high = self.scale.edge(number), self.scale.edge(number + 1)
+                if self.scale.is_whole:
+                    return low
                 inside = 1 - (below - wanted) / self.bins[number]
                 return low + (high - low) * min(1.0, max(0.0, inside))
         return None

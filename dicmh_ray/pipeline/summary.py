@@ -22,7 +22,7 @@ SCALES = {
     "psnr": Scale(1.0),
     "source_bytes": Scale(0.5, is_log=True),
     "stream_bytes": Scale(0.5, is_log=True),
-    "states": Scale(1.0),
+    "states": Scale(1.0, is_whole=True),
 }
 """What is counted: bits a pixel, dB and bytes of streams, states, bytes of source images."""
 

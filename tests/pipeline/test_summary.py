@@ -73,6 +73,11 @@ def test_a_quantile_is_in_the_bin_of_the_value_it_stands_for(scale, values, shar
     assert low * (1 - 1e-6) <= found <= high * (1 + 1e-6)
 
 
+def test_a_quantile_of_whole_numbers_is_one_of_them():
+    counted = histogram(Scale(1.0, is_whole=True), [2, 2, 3, 5])
+    assert [counted.quantile(share) for share in (0.25, 0.5, 0.75, 1.0)] == [2, 2, 3, 5]
+
+
 @QUICK
 @given(SCALES, VALUES)
 def test_a_histogram_survives_its_short_form(scale, values):

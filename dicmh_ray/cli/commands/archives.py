@@ -10,6 +10,14 @@ from typing import Annotated
 import typer
 
 from dicmh_ray.cli.options import (
+    AGAIN,
+    DRY,
+    RATE,
+    RAY,
+    SOURCE,
+    TAGS,
+    WATCH,
+    WHERE,
     ArchiveArgument,
     CheckpointOption,
     DeviceOption,
@@ -21,6 +29,7 @@ from dicmh_ray.cli.options import (
     VocabularyOption,
 )
 from dicmh_ray.cli.program import app
+from dicmh_ray.cli.sections import SectionedCommand
 
 
 class Runtime(StrEnum):
@@ -28,6 +37,14 @@ class Runtime(StrEnum):
 
     RAY = "ray"
     LOCAL = "local"
+
+
+class Readers(StrEnum):
+    """Whether there are actors that read for those that encode."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class KeepOriginal(StrEnum):
@@ -78,7 +95,7 @@ VersionOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def compress(
     sources: Annotated[
         list[str],
@@ -88,99 +105,196 @@ def compress(
         ),
     ],
     archive: ArchiveArgument,
-    runtime: Annotated[Runtime, typer.Option(help="Ray actors, or a loop here.")] = Runtime.RAY,
     states: Annotated[
-        int | None, typer.Option(min=1, help="Write exactly so many states of each image.")
+        int | None,
+        typer.Option(
+            min=1, help="Write exactly so many states of each image.", rich_help_panel=RATE
+        ),
     ] = None,
     target_bpp: Annotated[
-        float | None, typer.Option(help="Write the most states within so many bits per pixel.")
+        float | None,
+        typer.Option(
+            help="Write the most states within so many bits per pixel.", rich_help_panel=RATE
+        ),
     ] = None,
     max_bytes: Annotated[
         int | None,
-        typer.Option(min=1, help="No stream gets a state that makes it longer; each has one."),
+        typer.Option(
+            min=1,
+            help="No stream gets a state that makes it longer; each has one.",
+            rich_help_panel=RATE,
+        ),
     ] = None,
-    min_psnr: Annotated[float, typer.Option(help="Floor in dB, whole picture.")] = 30.0,
-    min_tile_psnr: Annotated[float, typer.Option(help="Floor in dB, worst 64x64 tile.")] = 24.0,
+    min_psnr: Annotated[
+        float, typer.Option(help="Floor in dB, whole picture.", rich_help_panel=RATE)
+    ] = 30.0,
+    min_tile_psnr: Annotated[
+        float, typer.Option(help="Floor in dB, worst 64x64 tile.", rich_help_panel=RATE)
+    ] = 24.0,
     keep_original: Annotated[
         KeepOriginal,
         typer.Option(
-            help="Source bytes that stay: of no image, of those without a stream, of all."
+            help="Source bytes that stay: of no image, of those without a stream, of all.",
+            rich_help_panel=RATE,
         ),
     ] = KeepOriginal.BELOW_FLOOR,
     base_states: Annotated[
-        int, typer.Option(min=1, help="States in the column that previews read.")
+        int,
+        typer.Option(min=1, help="States in the column that previews read.", rich_help_panel=RATE),
     ] = 2,
+    checkpoint: CheckpointOption = "default",
+    image_column: Annotated[
+        str | None, typer.Option(help="Parquet: column of images.", rich_help_panel=SOURCE)
+    ] = None,
+    key_column: Annotated[
+        str | None, typer.Option(help="Parquet: column of keys.", rich_help_panel=SOURCE)
+    ] = None,
     tag_field: Annotated[
         list[str] | None,
-        typer.Option(help="Metadata field whose values become tags: cls, json.labels. Repeatable."),
+        typer.Option(
+            help="Metadata field whose values become tags: cls, json.labels. Repeatable.",
+            rich_help_panel=SOURCE,
+        ),
     ] = None,
+    storage_option: StorageOption = None,
     suggest_tags: Annotated[
         bool,
-        typer.Option("--suggest-tags", help="Add tags that the checkpoint's tagger is sure of."),
+        typer.Option(
+            "--suggest-tags",
+            help="Add tags that the checkpoint's tagger is sure of.",
+            rich_help_panel=TAGS,
+        ),
     ] = False,
     tagger: Annotated[
         str | None,
         typer.Option(
-            metavar="TAGGER", help="Add tags: clip:DIR, siglip:DIR, package.module:name or head."
+            metavar="TAGGER",
+            help="Add tags: clip:DIR, siglip:DIR, package.module:name or head.",
+            rich_help_panel=TAGS,
         ),
     ] = None,
     vocabulary: VocabularyOption = None,
     threshold: ThresholdOption = None,
     top_k: TopKOption = None,
     prompt: PromptOption = None,
-    image_column: Annotated[str | None, typer.Option(help="Parquet: column of images.")] = None,
-    key_column: Annotated[str | None, typer.Option(help="Parquet: column of keys.")] = None,
-    checkpoint: CheckpointOption = "default",
+    runtime: Annotated[
+        Runtime, typer.Option(help="Ray actors, or a loop here.", rich_help_panel=WHERE)
+    ] = Runtime.RAY,
     device: DeviceOption = "auto",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of torch in each process.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray: actors. Default: one a GPU, else one a CPU.")
+        int | None,
+        typer.Option(min=1, help="CPU threads of torch in each process.", rich_help_panel=WHERE),
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Ray: a running cluster, e.g. `auto`.")
+        str | None,
+        typer.Option(
+            help="A running cluster: `auto`, ray://host:10001. Default: RAY_ADDRESS, or a Ray of "
+            "this machine, started for the job.",
+            rich_help_panel=RAY,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The most at once; a cluster that can grow is asked to. Default: what fits, one a "
+            "GPU, else one a CPU.",
+            rich_help_panel=RAY,
+        ),
+    ] = None,
+    min_workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="So many at the start, more while units wait. Default: what fits.",
+            rich_help_panel=RAY,
+        ),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float,
+        typer.Option(help="A share lets several have one GPU: 0.5.", rich_help_panel=RAY),
+    ] = 1.0,
+    readers: Annotated[
+        Readers,
+        typer.Option(
+            help="Whether machines without GPU read and decode for those with one; auto: where "
+            "there are both.",
+            rich_help_panel=RAY,
+        ),
+    ] = Readers.AUTO,
+    max_concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Units in flight at once, over the whole job: what the stores must bear.",
+            rich_help_panel=RAY,
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Go on with an archive that has commits, or refuse it.")
+        bool,
+        typer.Option(
+            help="Go on with an archive that has commits, or refuse it.", rich_help_panel=AGAIN
+        ),
     ] = True,
     append: Annotated[
         bool,
-        typer.Option("--append", help="Add to a finished archive what it does not have yet."),
+        typer.Option(
+            "--append",
+            help="Add to a finished archive what it does not have yet.",
+            rich_help_panel=AGAIN,
+        ),
     ] = False,
     failure_budget: Annotated[
         str,
-        typer.Option(metavar="N|SHARE", help="Failed images tolerated: 100, or 0.05 for 5 %."),
+        typer.Option(
+            metavar="N|SHARE",
+            help="Failed images tolerated: 100, or 0.05 for 5 %. Exit code 3 beyond.",
+            rich_help_panel=AGAIN,
+        ),
     ] = "0.1",
-    storage_option: StorageOption = None,
-    max_concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Ray: units in flight at once, over the whole job.")
-    ] = None,
     log_json: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Append events as JSON lines; `-` is standard error."),
+        typer.Option(
+            metavar="FILE",
+            help="Append events as JSON lines; `-` is standard error.",
+            rich_help_panel=WATCH,
+        ),
     ] = None,
     metrics_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.prom", help="Keep metrics there, in Prometheus' text format."),
+        typer.Option(
+            metavar="FILE.prom",
+            help="Keep metrics there, in Prometheus' text format.",
+            rich_help_panel=WATCH,
+        ),
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a summary at the end: a page, or *.json."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List units, predict size and time; write nothing.")
-    ] = False,
-    sample: Annotated[
-        int, typer.Option(min=0, help="Dry run: images to encode; 0 only lists the units.")
-    ] = 40,
-    price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Dry run: of one worker.")
-    ] = None,
-    price_per_gb_month: Annotated[
-        float | None, typer.Option(min=0, help="Dry run: of stored 10^9 bytes.")
+        typer.Option(
+            metavar="FILE",
+            help="Write a summary at the end: a page, or *.json.",
+            rich_help_panel=WATCH,
+        ),
     ] = None,
     as_json: JsonOption = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="List units, predict size, time and price; write nothing.",
+            rich_help_panel=DRY,
+        ),
+    ] = False,
+    sample: Annotated[
+        int,
+        typer.Option(min=0, help="Images to encode; 0 only lists the units.", rich_help_panel=DRY),
+    ] = 40,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of one worker.", rich_help_panel=DRY)
+    ] = None,
+    price_per_gb_month: Annotated[
+        float | None, typer.Option(min=0, help="Of stored 10^9 bytes.", rich_help_panel=DRY)
+    ] = None,
 ) -> None:
     """Compress a collection into an archive; the same command again goes on where it stopped.
 
@@ -234,11 +348,16 @@ def compress(
             checkpoint=checkpoint,
             device=device,
             threads=threads,
-            workers=workers,
-            ray_address=ray_address,
+            ray={
+                "address": ray_address,
+                "workers": workers,
+                "min_workers": min_workers,
+                "gpus_per_worker": gpus_per_worker,
+                "readers": readers.value,
+                "max_concurrency": max_concurrency,
+            },
             resume=resume,
             append=append,
-            max_concurrency=max_concurrency,
             log_json=log_json,
             metrics_file=metrics_file,
             report=report,
