@@ -31,6 +31,9 @@ FORMAT = "dicmh-latent-head/1"
 SCALE_FLOOR = 1e-3
 """Of a channel that is zero on all pictures."""
 
+MAX_CROP = 32
+"""Cells a side of the pieces that a head is fitted to."""
+
 Latent = npt.NDArray[Any]
 
 
@@ -73,11 +76,17 @@ class _Net(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
         self.classify = nn.Linear(5 * options.width, classes)
 
-    def forward(self, latent_BChw: Tensor) -> Tensor:
-        scaled = latent_BChw / self.scale_C[:, None, None]
-        # Sizes of numbers matter by their order of magnitude; what is rough shows in |x| alone.
-        signed = torch.sign(scaled) * torch.log1p(scaled.abs())
-        x = F.gelu(self.reduce(torch.cat([signed, signed.abs()], dim=1)))
+    def levelled(self, latent: Latent) -> Tensor:
+        """What :meth:`forward` takes of a latent: float32 ``[C, h, w]``.
+
+        Sizes of numbers matter by their order of magnitude.
+        """
+        scaled = torch.from_numpy(latent.astype(np.float32)) / self.scale_C[:, None, None]
+        return torch.sign(scaled) * torch.log1p(scaled.abs())
+
+    def forward(self, levelled_BChw: Tensor) -> Tensor:
+        # What is rough shows in |x| alone.
+        x = F.gelu(self.reduce(torch.cat([levelled_BChw, levelled_BChw.abs()], dim=1)))
         x = x + F.gelu(self.mix(x))
         quarters = F.adaptive_avg_pool2d(x, 2).flatten(1)
         pooled = torch.cat([quarters, x.mean(dim=(2, 3))], dim=1)
@@ -164,7 +173,7 @@ class LatentHead:
             for latent in latents:
                 if len(latent) != self._channels:
                     raise ValueError(f"latent has {len(latent)} channels, wanted {self._channels}")
-                logits: Tensor = self._net(torch.from_numpy(latent.astype(np.float32))[None])
+                logits: Tensor = self._net(self._net.levelled(latent)[None])
                 rows.append(torch.softmax(logits, dim=1)[0].numpy())
         return np.stack(rows) if rows else np.zeros((0, len(self.labels)), np.float32)
 
@@ -224,6 +233,7 @@ def _fit(
     net: _Net, latents: Sequence[Latent], classes: Sequence[int], options: HeadOptions
 ) -> None:
     net.train()
+    levelled = [net.levelled(latent).half() for latent in latents]  # half: they are all in memory
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
     )
@@ -236,12 +246,27 @@ def _fit(
         for start in range(0, len(order), options.batch_size):
             chosen = order[start : start + options.batch_size]
             optimizer.zero_grad()
-            # Pictures are of many sizes: one at a time, their gradients summed.
-            for i in chosen:
-                logits = net(torch.from_numpy(latents[i].astype(np.float32))[None])
-                target = torch.tensor([classes[i]])
-                loss = F.cross_entropy(logits, target, label_smoothing=0.1) / len(chosen)
-                loss.backward()  # type: ignore[no-untyped-call]
+            logits = net(_crops([levelled[i] for i in chosen]))
+            target = torch.tensor([classes[i] for i in chosen])
+            loss = F.cross_entropy(logits, target, label_smoothing=0.1)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     net.eval()
+
+
+def _crops(latents: Sequence[Tensor]) -> Tensor:
+    """A piece of each at a place by chance, as large as all of them have, float32 ``[B, C, h, w]``.
+
+    Pictures are of many sizes; pieces make one batch of them, and each pass sees others.
+    """
+    sides = [min(MAX_CROP, *(latent.shape[axis] for latent in latents)) for axis in (1, 2)]
+    pieces = []
+    for latent in latents:
+        top, left = (
+            int(torch.randint(latent.shape[axis] - side + 1, ()))
+            for axis, side in zip((1, 2), sides, strict=True)
+        )
+        piece = latent[:, top : top + sides[0], left : left + sides[1]]
+        pieces.append(piece.float())
+    return torch.stack(pieces)
