@@ -56,7 +56,7 @@ from dicmh_ray.testing.collection import Contents, judge, make_collection
 from dicmh_ray.testing.failpoints import hooked
 from dicmh_ray.testing.fake_codec import FakeCodec
 from dicmh_ray.testing.fault_proxy import FAULTS, FaultProxy, Schedule
-from dicmh_ray.testing.processes import VICTIMS, Driver
+from dicmh_ray.testing.processes import VICTIMS, Driver, Victim
 
 Place = tuple[str, Mapping[str, Any]]
 """An address and the options of its store."""
@@ -297,12 +297,16 @@ def try_failpoints(
 # --- kills --------------------------------------------------------------------------------------
 
 
+def in_turn(random: Random) -> Iterator[Victim]:
+    """Victims without end: of each kind one, in any order, and again; rare ones get their share."""
+    while True:
+        yield from random.sample(VICTIMS, len(VICTIMS))
+
+
 def torment(
-    command: Sequence[str], log: Path, limit: int, random: Random
+    command: Sequence[str], log: Path, limit: int, victims: Iterator[Victim], random: Random
 ) -> tuple[int, Counter[str]]:
     """Run one job to its end under fire; how often it was started, and what was killed.
-
-    The kinds of victims come in turn, so that rare ones get their share.
 
     Raises:
         RuntimeError: the job does not end.
@@ -311,7 +315,7 @@ def torment(
     for starts in range(1, 5 * (limit + 1)):
         driver = Driver(command, log)
         try:
-            victim = random.choice(VICTIMS)
+            victim = next(victims)
             strike_at = time.monotonic() + random.uniform(*PAUSE_S)
             while (ended := driver.poll()) is None and not driver.is_stuck(RAYLET_PATIENCE_S):
                 time.sleep(0.1)
@@ -322,7 +326,7 @@ def torment(
                     continue  # there is none yet
                 kills[victim] += 1
                 print(f"  killed {struck}", flush=True)
-                victim = random.choice(VICTIMS)
+                victim = next(victims)
                 strike_at = time.monotonic() + random.uniform(*PAUSE_S)
             if ended == 0:
                 return starts, kills
@@ -335,25 +339,29 @@ def try_kills(trial: str, folder: Path, record: Record, options: argparse.Namesp
     """Kill random processes of jobs on Ray until there were enough."""
     sources = make_collection(folder, images=options.images, per_tar=PER_TAR, seed=options.seed)
 
-    def command(archive: Path) -> list[str]:
-        workers = ["--workers", str(WORKERS)]
+    def command(archive: Path, *more: str) -> list[str]:
         if options.shipped:
-            program = [sys.executable, "-m", "dicmh_ray.cli", "-v", "compress", *sources]
-            return [*program, str(archive), "--threads", "1", "--device", "cpu", *workers]
-        program = [sys.executable, "-m", "dicmh_ray.testing.fake_job", *sources]
-        return [*program, str(archive), "--pace-ms", str(PACE_MS), *workers]
+            program = [sys.executable, "-m", "dicmh_ray.cli", "compress", *sources, str(archive)]
+            return [*program, "--threads", "1", "--device", "cpu", *more]
+        program = [sys.executable, "-m", "dicmh_ray.testing.fake_job", *sources, str(archive)]
+        return [*program, *more]
 
     undisturbed = folder / "undisturbed"
     with (folder / "undisturbed.log").open("wb") as log:
-        subprocess.run(command(undisturbed), check=True, stdout=log, stderr=log)
+        alone = command(undisturbed, "--runtime", "local")
+        subprocess.run(alone, check=True, stdout=log, stderr=log)
     expected = Contents.read(str(undisturbed))
-    number = 0
+    on_ray = ["--workers", str(WORKERS)]
+    if not options.shipped:
+        on_ray += ["--pace-ms", str(PACE_MS)]
+    number, victims = 0, in_turn(Random(options.seed))
     while (left := options.kills - sum(sum(c.kills.values()) for c in record.of(trial))) > 0:
         name = f"archive {number}, seed {options.seed}"
         if record.lacks(trial, [name]):
             archive = folder / f"archive-{number}"
             random = Random(f"{options.seed} {number}")
-            starts, kills = torment(command(archive), archive.with_suffix(".log"), left, random)
+            log_path = archive.with_suffix(".log")
+            starts, kills = torment(command(archive, *on_ray), log_path, left, victims, random)
             record.add(
                 Case(
                     trial=trial,

@@ -43,6 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A collection to an archive, without torch.")
     parser.add_argument("sources", nargs="+")
     parser.add_argument("archive")
+    parser.add_argument("--runtime", choices=["ray", "local"], default="ray")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pace-ms", type=float, default=0.0)
     options = parser.parse_args()
@@ -50,6 +51,7 @@ def main() -> int:
         options.sources,
         options.archive,
         codec=functools.partial(PacedCodec, options.pace_ms / 1000),
+        runtime=options.runtime,
         ray_options=RayOptions(workers=options.workers),
     )
     return 0 if report.manifest is not None else 1
