@@ -108,8 +108,13 @@ def load_task(
 def _net_task(
     name: str, options: TaskOptions, storage_options: Mapping[str, Any] | None
 ) -> PictureNetTask:
-    special = {"classify": ("top_k",), "detect": ("min_score",), "faces": ("min_score",)}
-    _refuse_others(name, options, ("net", "names", "view", "states", *special.get(name, ())))
+    special = {
+        "classify": ("names", "top_k"),
+        "detect": ("names", "min_score"),
+        "segment": ("names",),
+        "faces": ("min_score",),
+    }
+    _refuse_others(name, options, ("net", "view", "states", *special.get(name, ())))
     if options.net is None:
         raise TaskError(name, "needs a net: an ONNX file")
     address, tap = options.net, ""

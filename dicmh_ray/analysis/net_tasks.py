@@ -89,6 +89,10 @@ class PictureNetTask(Task):
         net = load_task(self.spec, self.data)
         if not isinstance(net, kind):
             raise NetError(self.spec.name, f"is for {self.spec.task}, wanted {self.wanted}")
+        if self.names and (count := net.num_classes()) != len(self.names):
+            raise NetError(
+                self.spec.name, f"has {count} classes, there are {len(self.names)} names"
+            )
         return net
 
 

@@ -79,6 +79,13 @@ class TaskNet:
         """The net's outputs for one picture, without the batch axis."""
         return [output[0] for output in self.net(fitted(image, self.spec, self.size_hw)).values()]
 
+    def num_classes(self) -> int:
+        """How many classes the net tells apart, as its outputs for a black picture say; 0: none."""
+        return 0
+
+    def _blank(self) -> Picture:
+        return np.zeros((*self.size_hw, 3), np.uint8)
+
     def wrong(self, found: Sequence[Array], wanted: str) -> NetError:
         """The error for outputs of unexpected shapes."""
         return NetError(self.spec.name, f"gives {[x.shape for x in found]}, wanted {wanted}")
@@ -100,6 +107,10 @@ class Classification(TaskNet):
         if logits.ndim != 1:
             raise self.wrong([logits], "logits [classes]")
         return logits
+
+    def num_classes(self) -> int:
+        """See :meth:`TaskNet.num_classes`."""
+        return len(self.logits(self._blank()))
 
     def read(self, image: Picture) -> int:
         """The class of the picture."""
@@ -135,6 +146,11 @@ class Detection(TaskNet):
     """Detections on the original that count as true: FastestDet's usual threshold is near this."""
 
     MAX_OVERLAP = 0.45
+
+    def num_classes(self) -> int:
+        """See :meth:`TaskNet.num_classes`."""
+        first = self.run(self._blank())[0]
+        return first.shape[1] - 1 if self.spec.layout == "boxes" else len(first) - 5
 
     def read(self, image: Picture) -> Detections:
         """The objects found."""
@@ -198,6 +214,10 @@ class Segmentation(TaskNet):
             values[int(value)] = index
         values[0] = self.UNLABELLED
         self._class_of_label = values
+
+    def num_classes(self) -> int:
+        """See :meth:`TaskNet.num_classes`."""
+        return self.coarse(self._blank()).num_classes
 
     def coarse(self, image: Picture) -> SegmentationReading:
         """The class of each cell of the net's own grid."""

@@ -54,7 +54,7 @@ def classifier(tmp_path):
     folder = tmp_path / "nets"
     folder.mkdir()
     save_feature_net(describe(folder, "tiny", "classification"))
-    (folder / "names.txt").write_text("ant\nbee\ncat\ndog\n")
+    (folder / "names.txt").write_text("ant\nbee\ncat\ndog\nelk\n")
     return folder
 
 
@@ -72,10 +72,24 @@ def test_classes_come_with_names_and_probabilities(snapshot, codec, classifier):
     assert len(rows) == 6
     for row in rows:
         assert row["class"] == row["top_classes"][0]
-        assert row["label"] == ["ant", "bee", "cat", "dog", None][row["class"]]
+        assert row["label"] == ["ant", "bee", "cat", "dog", "elk"][row["class"]]
         assert row["score"] == pytest.approx(row["top_scores"][0])
         assert sorted(row["top_scores"], reverse=True) == row["top_scores"]
         assert sum(row["top_scores"]) <= 1 + 1e-6
+
+
+def test_names_must_be_as_many_as_classes(snapshot, codec, classifier, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\n")
+    with pytest.raises(NetError, match="has 5 classes, there are 2 names"):
+        run(
+            snapshot, codec, "classify",
+            net=str(classifier / "tiny.onnx"), names=str(names),
+        )  # fmt: skip
+    detector = str(describe(tmp_path, "boxes", "detection", layout="boxes"))
+    save_constant(detector, {"scores": SCORES[None], "boxes": BOXES[None]})
+    with pytest.raises(NetError, match="has 1 classes"):
+        run(snapshot, codec, "detect", net=detector, names=str(names))
 
 
 def test_things_faces_points_and_regions_are_listed(snapshot, codec, tmp_path):
@@ -128,6 +142,7 @@ def test_tasks_that_cannot_be_are_refused_by_name(classifier, tmp_path):
         ("classify", {}),
         ("classify", {"net": net, "threshold": 0.5}),
         ("classify", {"net": f"{net}:deep"}),
+        ("faces", {"net": net, "names": net}),
         ("embed", {"net": net}),
         ("latent-head", {}),
         ("tags", {"states": 1}),
