@@ -1,6 +1,8 @@
 """The stores that the behaviour suite runs on: a folder, memory, and two S3 servers."""
 
+import contextlib
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,14 +35,36 @@ def s3_endpoint():
     server.stop()
 
 
-@pytest.fixture(scope="session")
-def ceph_endpoint():
-    """Address of a Ceph gateway; `.ci/fetch_ceph build/ceph` brings its programs."""
+def needs_ceph(item):
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return "ceph" in parameters or "ceph_options" in item.fixturenames
+
+
+def pytest_collection_modifyitems(items):
+    """Tests on Ceph go last of those in this folder: it starts while the others run."""
+    places = [n for n, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    ordered = sorted((items[n] for n in places), key=needs_ceph)
+    for n, item in zip(places, ordered, strict=True):
+        items[n] = item
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ceph_starting(request):
+    """A Ceph gateway's address, later; None where its programs are not, or no test needs it."""
     prefix = ceph.find_ceph(Path(__file__).parents[2] / "build/ceph/root")
-    if prefix is None:
+    if prefix is None or not any(needs_ceph(item) for item in request.session.items):
+        yield None
+        return
+    with contextlib.ExitStack() as running, ThreadPoolExecutor(1) as thread:
+        yield thread.submit(running.enter_context, ceph.ceph_gateway(prefix))
+
+
+@pytest.fixture(scope="session")
+def ceph_endpoint(ceph_starting):
+    """Address of a Ceph gateway; `.ci/fetch_ceph build/ceph` brings its programs."""
+    if ceph_starting is None:
         pytest.skip("no Ceph gateway here: run .ci/fetch_ceph build/ceph")
-    with ceph.ceph_gateway(prefix) as endpoint:
-        yield endpoint
+    return ceph_starting.result()
 
 
 class Place:
