@@ -44,6 +44,7 @@
   x TaskError               a task of an analysis cannot be loaded, or does not keep its contract
   x JobError
     + FailureBudgetError    too many images failed: look at the report, then resume
+    + RayUnavailableError   Ray did not start or answer: try again, name another, or do without
     + JobStoppedError       it was told to stop (SIGTERM, preemption): run it again to go on
   x MissingExtraError       an optional dependency is not installed: the message says how
 
@@ -487,6 +488,17 @@ class FailureBudgetError(JobError):
 
     def __str__(self) -> str:
         return f"{self.failed} of {self.done} images failed, the budget is {self.budget:g}"
+
+
+class RayUnavailableError(JobError):
+    """There is no Ray to run on: it did not start on this machine, or a cluster does not answer."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    def __str__(self) -> str:
+        return f"Ray at {self.address} is not available: {self.reason}"
 
 
 class JobStoppedError(JobError):

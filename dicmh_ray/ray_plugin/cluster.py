@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 
+from dicmh_ray.errors import RayUnavailableError
 from dicmh_ray.pipeline import EncodeOptions
 from dicmh_ray.ray_plugin.options import RayOptions
 
@@ -28,13 +29,20 @@ def connected(options: RayOptions) -> Iterator[bool]:
     """A connection to Ray: the process's own, a running cluster's, or a local one of our own.
 
     Yields whether it is a local one that ends with the context.
+
+    Raises:
+        RayUnavailableError: the cluster does not answer, or the local one does not start.
     """
     if ray.is_initialized():
         yield False
         return
     address = options.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except Exception as exc:
+            ray.shutdown()
+            raise RayUnavailableError(address, _in_one_line(exc)) from exc
     else:
         start_local_ray(options.local_cpus)
     try:
@@ -48,6 +56,9 @@ def start_local_ray(num_cpus: int | None = None) -> None:
 
     Ray gives its own processes 30 s to appear. A machine that is busy, as those that compress are,
     can need longer; another attempt then finds its files in memory.
+
+    Raises:
+        RayUnavailableError: it did not start three times, or for another reason than time.
     """
     for attempts_left in (2, 1, 0):
         try:
@@ -60,11 +71,21 @@ def start_local_ray(num_cpus: int | None = None) -> None:
             )
         except Exception as exc:  # the class that Ray raises here
             ray.shutdown()
-            if attempts_left == 0 or "timed out during startup" not in str(exc):
-                raise
+            is_slow = "timed out during startup" in str(exc)
+            if attempts_left == 0 or not is_slow:
+                reason = _in_one_line(exc)
+                if is_slow:
+                    reason = f"its processes did not start in time, the machine is busy ({reason})"
+                raise RayUnavailableError("this machine", reason) from exc
             _log.warning("Ray did not start in time, trying again")
         else:
             return
+
+
+def _in_one_line(exc: Exception) -> str:
+    """The class and the first line of what Ray says: the others are advice and paths."""
+    text = str(exc).strip()
+    return f"{type(exc).__name__}: {text.splitlines()[0]}" if text else type(exc).__name__
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

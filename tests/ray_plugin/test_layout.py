@@ -4,10 +4,11 @@ import pytest
 
 pytest.importorskip("ray")
 
+from dicmh_ray.errors import RayUnavailableError
 from dicmh_ray.pipeline import EncodeOptions
 from dicmh_ray.ray_plugin import RayOptions, cluster
 from dicmh_ray.ray_plugin.actors import CHUNK_BYTES, UnitReader
-from dicmh_ray.ray_plugin.cluster import ActorSize, Layout, Machine
+from dicmh_ray.ray_plugin.cluster import ActorSize, Layout, Machine, connected
 from tests.test_streaming import loaded
 
 
@@ -137,3 +138,30 @@ def test_a_readers_answers_are_bounded_by_bytes_and_end_with_an_empty_one(monkey
     reader.open([huge])
     assert reader.read() == [huge]
     assert reader.read() == []
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "calls", "told"),
+    [
+        (None, Exception("The current node timed out during startup. This\ncould"), 3, "is busy"),
+        (None, ValueError("no such port\nadvice"), 1, "ValueError: no such port"),
+        ("ray://head:10001", ConnectionError(), 1, "ConnectionError"),
+    ],
+)
+def test_a_ray_that_is_not_there_is_a_typed_error(monkeypatch, address, error, calls, told):
+    tried = []
+
+    def init(**options):
+        tried.append(options["address"])
+        raise error
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with (
+        pytest.raises(RayUnavailableError, match=told) as caught,
+        connected(RayOptions(address=address)),
+    ):
+        pass
+    assert len(tried) == calls
+    assert "advice" not in str(caught.value)
