@@ -1,12 +1,11 @@
 """Tasks that read latents: entropy decoding is all the decoding they need.
 
-A latent is what the first states of a stream say of a picture, cell by cell: what lies where, how
-bright, how rough. Two pictures that look alike have latents that are alike.
+A latent is what the first states of a stream say of a picture, cell by cell. Most of its channels say how
+rough a cell is and how it is textured, which a shift by a few pixels turns into other numbers; some
+say how bright it is and of which colour, and these are alike in pictures that look alike.
 """
 
-import functools
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,21 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dicmh_ray.analysis.task import Batch, Task
+from dicmh_ray.codec import ImageCodec
 
-GRID = 4
+GRID = 8
 """Regions a side that a latent is averaged in."""
 
-DIMENSIONS = 256
+DIMENSIONS = 3 * GRID * GRID
 """Numbers of an embedding."""
+
+FLAT_COLOURS = np.array(
+    [[0, 0, 0], [64] * 3, [128] * 3, [192] * 3, [255] * 3, [255, 0, 0], [0, 255, 0], [0, 0, 255]],
+    np.uint8,
+)
+"""Pictures of one colour, whose latents tell how a codec writes colours."""
+
+FLAT_SIDE = 256
 
 Latent = npt.NDArray[np.float16]
 Floats = npt.NDArray[np.float32]
@@ -28,38 +36,67 @@ Floats = npt.NDArray[np.float32]
 class EmbedLatent(Task):
     """A vector of unit length for each picture, from the first states of its stream.
 
-    The latent is averaged in 4 x 4 regions; of each channel the average over the picture is taken
-    off, so that layout counts and not brightness; the rest is projected to 256 numbers along random
-    directions that are the same everywhere. A picture without any layout has the vector zero.
+    The latent is averaged in 8 x 8 regions and read as colours, by what the codec makes of pictures
+    of one colour; the average over the picture is taken off, so that layout counts and not
+    brightness. A picture without any layout has the vector zero.
     """
 
     name = "embed-latent"
-    version = "1"
+    version = "2"
     reads = "latent"
     schema = pa.schema([("embedding", pa.list_(pa.float32()))])
 
-    def __init__(self, *, states: int | None = 1) -> None:
+    def __init__(self, *, states: int | None = 2) -> None:
         """
         Args:
             states: of the stream that are read; None is all.
         """
         self.states = states
+        self._colours: Floats | None = None
 
     def parameters(self) -> Mapping[str, Any]:
-        """Regions and length."""
-        return {"grid": GRID, "dimensions": DIMENSIONS}
+        """Regions."""
+        return {"grid": GRID}
+
+    def meet(self, load_codec: Callable[[], ImageCodec]) -> None:
+        """Find out how the codec writes colours."""
+        self._colours = colours_of(load_codec())
 
     def __call__(self, batch: Batch) -> pa.Table:
         """See :class:`Task`."""
-        return batch.table(embedding=[embedding(latent).tolist() for latent in batch.values])
+        if self._colours is None:
+            raise RuntimeError("called before meet")
+        return batch.table(
+            embedding=[embedding(latent, self._colours).tolist() for latent in batch.values]
+        )
 
 
-def embedding(latent: Latent) -> Floats:
-    """Of a latent float16 ``[C, h, w]``: float32 ``[256]`` of length 1, or zeros."""
-    layout = pooled(latent, GRID)
+def colours_of(codec: ImageCodec) -> Floats:
+    """What reads the mean colour off a cell: float32 ``[3, C]``, to be multiplied with the latent.
+
+    Least squares over pictures of one colour, of which a cell's latent is taken to be a linear
+    function; what other channels say drops out.
+    """
+    count = len(FLAT_COLOURS)
+    pictures = [np.full((FLAT_SIDE, FLAT_SIDE, 3), colour, np.uint8) for colour in FLAT_COLOURS]
+    streams = codec.encode(pictures, tags=[()] * count, exif_orientations=[1] * count)
+    # The middle: the cells at the edges know that there is nothing beyond.
+    means = np.stack([_middle(latent).mean(axis=(1, 2)) for latent in codec.decode_latent(streams)])
+    known = np.column_stack([FLAT_COLOURS / 255.0, np.ones(count)])
+    written = np.linalg.lstsq(known, means, rcond=None)[0][:3]
+    return np.asarray(np.linalg.pinv(written.T, rcond=1e-3), np.float32)
+
+
+def embedding(latent: Latent, colours: Floats) -> Floats:
+    """Of a latent float16 ``[C, h, w]``: float32 ``[192]`` of length 1, or zeros.
+
+    Args:
+        latent: of one picture.
+        colours: of its codec, from :func:`colours_of`.
+    """
+    layout = np.einsum("kc,chw->khw", colours, pooled(latent, GRID))
     layout -= layout.mean(axis=(1, 2), keepdims=True)
-    flat = layout.ravel()
-    vector = directions(len(flat)) @ flat
+    vector = layout.ravel()
     norm = float(np.linalg.norm(vector))
     return np.asarray(vector / norm if norm > 1e-6 else np.zeros_like(vector), np.float32)
 
@@ -80,9 +117,7 @@ def pooled(latent: Latent, grid: int) -> Floats:
     return values
 
 
-@functools.lru_cache(maxsize=4)
-def directions(length: int) -> Floats:
-    """Random signs, float32 ``[256, length]``: the same on every machine and with every numpy."""
-    bits = hashlib.shake_128(f"dicmh embedding {length}".encode()).digest(DIMENSIONS * length // 8)
-    signs = np.unpackbits(np.frombuffer(bits, np.uint8)).astype(np.float32)
-    return signs.reshape(DIMENSIONS, length) * 2 - 1
+def _middle(latent: Latent) -> Floats:
+    height, width = latent.shape[1:]
+    middle = latent[:, height // 4 : height - height // 4, width // 4 : width - width // 4]
+    return middle.astype(np.float32)

@@ -1,10 +1,10 @@
 """Pictures that are nearly the same, found from latents: no picture is drawn.
 
-    embedding ──signs along random directions──> 16 words of 16 bits
+    embedding ──signs along random directions──> 32 words of 16 bits
     rows that share a word ──cosine of the embeddings──> pairs ──joined──> groups
 
-Two vectors with cosine c agree in a sign with probability 1 - acos(c) / pi: at 0.95 in 0.90, so that
-all 16 bits of some word agree with probability 1 - (1 - 0.90**16)**16 = 0.96, at 0.98 with 0.9998.
+Two vectors with cosine c agree in a sign with probability 1 - acos(c) / pi: at 0.9 in 0.856, so that
+all 16 bits of some word agree with probability 1 - (1 - 0.856**16)**32 = 0.94, at 0.95 with 0.998.
 The words only propose; every pair that counts was compared.
 """
 
@@ -21,7 +21,7 @@ from dicmh_ray.analysis.survey import Ground, Survey
 from dicmh_ray.analysis.task import ERROR, KEY, Task
 from dicmh_ray.errors import ResultsError
 
-WORDS, WORD_BITS = 16, 16
+WORDS, WORD_BITS = 32, 16
 
 WINDOW = 64
 """Rows of one word that are compared with each other; of a larger crowd each with so many next to it."""
@@ -53,10 +53,10 @@ class NearDuplicates(Survey):
     """
 
     name = "near-duplicates"
-    version = "1"
+    version = "2"
     tables = ("groups",)
 
-    def __init__(self, *, threshold: float = 0.9, states: int | None = 1) -> None:
+    def __init__(self, *, threshold: float = 0.9, states: int | None = 2) -> None:
         """
         Args:
             threshold: least cosine of two embeddings; docs/analysis.md has what it finds.

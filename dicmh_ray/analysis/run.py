@@ -166,6 +166,7 @@ class Analysis:
             DicmhError: what the task needs is not there.
         """
         self.task.setup()
+        self.task.meet(self.load_codec)
 
     def load_codec(self) -> ImageCodec:
         """The archive's codec in this process."""

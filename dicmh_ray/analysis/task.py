@@ -15,7 +15,7 @@ filter, and the checkpoint of the archive. Change the version when the code chan
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from dicmh_ray.archive import EncodedImage
 from dicmh_ray.archive.sealed import digest
+from dicmh_ray.codec import ImageCodec
 
 READABLE = ("tags", "latent", "machine", "thumbnail", "original")
 """Views that a task may read. A human view shows detail that was made up: it is no data."""
@@ -110,6 +111,12 @@ class Task(Described):
 
     def setup(self) -> None:
         """Load what is needed, once in each worker, before the first call."""
+
+    def meet(self, load_codec: Callable[[], ImageCodec]) -> None:
+        """Learn from the archive's codec what is needed of it, after ``setup``.
+
+        Views are made without the task's help: only what wants to know what latents mean needs this.
+        """
 
     @abstractmethod
     def __call__(self, batch: Batch) -> pa.Table:

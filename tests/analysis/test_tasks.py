@@ -20,7 +20,7 @@ from dicmh_ray.analysis import (
     read_results,
     read_survey,
 )
-from dicmh_ray.analysis.latent_tasks import embedding, pooled
+from dicmh_ray.analysis.latent_tasks import DIMENSIONS, colours_of, embedding, pooled
 from dicmh_ray.analysis.near_duplicates import similar_pairs
 from dicmh_ray.errors import (
     CodecMismatchError,
@@ -178,14 +178,40 @@ def test_pooling_is_by_region_and_repeats_what_is_too_small():
     assert pooled(latent[:, :6, :3], 4).shape == (2, 4, 4)
 
 
-def test_an_embedding_is_of_layout_not_of_brightness():
+class TexturedCodec(FakeCodec):
+    """Its latents: colours turned and shifted, between channels that say nothing of them."""
+
+    def decode_latent(self, bitstreams, *, states=None):
+        turned = [[3, 1, 0], [0, 0, 0], [1, -2, 1], [1, 1, 1]]
+        return [
+            np.einsum("kc,chw->khw", turned, latent.astype(np.float32)).astype(np.float16) + 5
+            for latent in super().decode_latent(bitstreams, states=states)
+        ]
+
+
+def test_colours_are_read_off_latents_whatever_channels_a_codec_has():
+    codec = TexturedCodec()
+    colours = colours_of(codec)
+    assert colours.shape == (3, 4)
+    streams = codec.encode([picture(1, height=16, width=24)], tags=[()], exif_orientations=[1])
+    (latent,) = codec.decode_latent(streams)
+    found = np.einsum("kc,chw->hwk", colours, latent.astype(np.float32))
+    shown = picture(1, height=16, width=24) / 255
+    assert np.allclose(found - found.mean((0, 1)), shown - shown.mean((0, 1)), atol=0.01)
+
+
+def test_an_embedding_is_of_layout_not_of_brightness_or_texture():
     rng = np.random.default_rng(0)
     latent = rng.normal(size=(6, 12, 9)).astype(np.float16)
-    one = embedding(latent)
+    colours = np.eye(3, 6, dtype=np.float32)
+    one = embedding(latent, colours)
     assert np.linalg.norm(one) == pytest.approx(1, abs=1e-5)
-    assert one @ embedding(latent + np.float16(2)) > 0.999
-    assert abs(one @ embedding(rng.normal(size=(6, 12, 9)).astype(np.float16))) < 0.5
-    assert not embedding(np.ones((6, 12, 9), np.float16)).any()
+    assert one @ embedding(latent + np.float16(2), colours) > 0.999
+    other = rng.normal(size=(6, 12, 9)).astype(np.float16)
+    assert abs(one @ embedding(other, colours)) < 0.5
+    other[:3] = latent[:3]
+    assert one @ embedding(other, colours) == pytest.approx(1, abs=1e-5)
+    assert not embedding(np.ones((6, 12, 9), np.float16), colours).any()
 
 
 def test_similar_vectors_are_found_and_no_others():
@@ -347,4 +373,4 @@ def test_a_label_of_which_there_are_too_few_is_no_class(archive_folder):
 def test_latent_embeddings_are_results_as_any(snapshot, codec):
     analyze(snapshot, EmbedLatent(), codec=codec)
     rows = read_results(snapshot, EmbedLatent()).table().to_pylist()
-    assert {len(row["embedding"]) for row in rows if row["error"] is None} == {256}
+    assert {len(row["embedding"]) for row in rows if row["error"] is None} == {DIMENSIONS}
