@@ -533,6 +533,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.failpoints or options.kills or options.schedules):
         parser.error("nothing to do: ask for --failpoints, --kills or --schedules")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    prefix = None if options.ceph is None else ceph.find_ceph(options.ceph)
+    if prefix is None and options.ceph is not None:
+        parser.error(f"no Ceph programs in {options.ceph}: run .ci/fetch_ceph build/ceph")
     print(f"seed {options.seed}", flush=True)
     record = Record(options.record)
     with tempfile.TemporaryDirectory(prefix="dicmh-chaos-") as name:
@@ -544,7 +547,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             local: Place = str(folder / "failpoints"), {}
             try_failpoints("failpoints, local folder", local, (first, later), record, options)
         if options.failpoints or options.schedules:
-            with s3_server(options.ceph) as (kind, storage_options):
+            with s3_server(prefix) as (kind, storage_options):
                 if options.failpoints:
                     root = f"s3://{BUCKET}/failpoints", storage_options
                     trial = f"failpoints, S3 ({kind})"

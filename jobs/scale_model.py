@@ -95,6 +95,9 @@ class RecordSizes:
     index_row: float
     """One row in a unit's index."""
 
+    key_in_memory: float
+    """One row's key, decoded."""
+
     part_row: float
     """One row in a part, its bitstream included."""
 
@@ -196,6 +199,7 @@ def measure_records(assumed: Assumptions) -> tuple[RecordSizes, Commit]:
         commit=len(commit.to_bytes()),
         plan_unit=len(plan.to_bytes()) - len(empty.to_bytes()),
         index_row=len(index) / SAMPLE_ROWS,
+        key_in_memory=part.index["key"].nbytes / SAMPLE_ROWS,
         part_row=len(part.data) / SAMPLE_ROWS,
         parts_per_unit=parts,
     )
@@ -257,6 +261,7 @@ def model(
         "source, TB": source_bytes / 1e12,
         "archive, TB": archive_bytes / 1e12,
         "row indexes, GB": joined_bytes / GB,
+        "a reader by key holds, GB": (sizes.index_row + sizes.key_in_memory) * assumed.images / GB,
         "plan, MB": sizes.plan_unit * units / MB,
         "manifest, MB": manifest_bytes / MB,
         "days of the job": assumed.images / rate / 86400,
@@ -285,7 +290,7 @@ def model(
         last = openings[-1]
         found["seconds to write the manifest"] = last.write_s / last.units * units
         found["seconds to open the manifest"] = last.open_s / last.units * units
-        found["GB of memory to open it"] = last.memory_bytes / last.units * units / GB
+        found["memory to open it, GB"] = last.memory_bytes / last.units * units / GB
     return found
 
 
