@@ -3,8 +3,8 @@
     python jobs/analysis_table.py work/ --labelled 'clothes/*.tar' --label label --nets nets/ \
         --boxes coco/images
 
-Both collections are compressed into archives under ``work/`` (all states up to ``--states``, originals
-beside the streams), or the archives that are there are used. Then, each in one process on one thread:
+Each collection is compressed into an archive under ``work/`` (all states up to ``--states``, originals
+beside the streams), or the archive that is there is used. Then, each in one process on one thread:
 
 * a head (``dicmh fit-head``) is fitted to latents, and the same head to 16 x 16 patches of the pixels of
   machine views and of originals: the same grid of cells, the same size, the same fit. Pictures are
@@ -46,7 +46,7 @@ from dicmh_ray.vision import NetSpec, find_labels, find_nets, load_task, mean_av
 PATCH = 16
 """Pixels a side: the default codec's latents have a cell for each so many."""
 
-DRAWS = 200
+DRAWS = 100
 """Of the pictures, for an interval."""
 
 Values = npt.NDArray[Any]
@@ -62,6 +62,7 @@ class Options:
     label: str
     boxes: Path | None
     nets: Path
+    features: str
     states: int
     folds: int
     epochs: int
@@ -206,7 +207,7 @@ def head_rows(options: Options, specs: Sequence[NetSpec]) -> list[Row]:
     folds = folds_of(labels, options.folds)
     keys = set(labels)
     embed = next(
-        EmbedPicture(spec, spec.file.read_bytes(), tap="features")
+        EmbedPicture(spec, spec.file.read_bytes(), tap=options.features)
         for spec in specs
         if spec.task == "classification"
     )
@@ -304,10 +305,11 @@ def parse(arguments: Sequence[str]) -> Options:
     """The command line as options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("work", type=Path, metavar="WORK", help="folder for the archives")
-    parser.add_argument("--labelled", nargs="+", required=True, metavar="SRC")
+    parser.add_argument("--labelled", nargs="*", default=[], metavar="SRC")
     parser.add_argument("--label", default="label", help="metadata field of the class")
     parser.add_argument("--boxes", type=Path, metavar="FOLDER", help="pictures with boxes")
     parser.add_argument("--nets", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--features", default="feat", help="tensor of the classifier")
     parser.add_argument("--states", type=int, default=4, help="that are written")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=12, help="of each fit")
@@ -321,7 +323,7 @@ def run(options: Options) -> list[Row]:
     torch.set_num_threads(1)
     specs = find_nets(options.nets)
     rows = [] if options.boxes is None else detection_rows(options, specs, options.boxes)
-    return rows + head_rows(options, specs)
+    return rows + (head_rows(options, specs) if options.labelled else [])
 
 
 def main() -> None:
