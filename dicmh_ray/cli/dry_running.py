@@ -162,6 +162,9 @@ def _print_forecast(found: Forecast) -> None:
     saved = found.asked.saved_bytes
     share = saved.value / found.source_bytes if found.source_bytes else 0.0
     say(f"as asked: {_range_text(saved, GB)} GB saved, {share:.0%} of the source")
+    if found.checkpoint_bytes:
+        size = f"{found.checkpoint_bytes / GB:.3g} GB"
+        say(f"{size} of the archive is the checkpoint, which every archive holds once")
     for cause, count in found.causes.items():
         say(f"  {cause}: {count} of {found.sampled_images} images")
 
@@ -178,7 +181,7 @@ def _cells(outcome: Outcome) -> list[str]:
         _range_text(outcome.hours, 1.0),
     ]
     prices = (outcome.compute_price, outcome.storage_price_per_month)
-    return cells + [f"{price:.2f}" for price in prices if price is not None]
+    return cells + [f"{price:.3g}" for price in prices if price is not None]
 
 
 def _range_text(found: Range, unit: float) -> str:

@@ -87,9 +87,9 @@ class JsonEventLog(JobObserver):
         """``worker_died``: in which unit."""
         self._write("worker_died", report, unit=unit.name)
 
-    def unit_given_up(self, report: JobReport, unit: Unit) -> None:
+    def unit_given_up(self, report: JobReport, unit: Unit, *, reason: str) -> None:
         """``unit_given_up``: it stays for the next run."""
-        self._write("unit_given_up", report, unit=unit.name)
+        self._write("unit_given_up", report, unit=unit.name, reason=reason)
 
     def ticked(self, report: JobReport) -> None:
         """``progress``, once a minute."""

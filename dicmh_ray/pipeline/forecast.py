@@ -115,6 +115,9 @@ class Forecast:
     seed: int
     workers: int
     images: Range
+    checkpoint_bytes: int
+    """Of the codec's files, in every archive once: much of a small one."""
+
     causes: dict[str, int]
     """Why sampled images have no stream under the policy asked for."""
 
@@ -280,6 +283,7 @@ def forecast(
         seed=options.seed,
         workers=options.workers,
         images=scale.images(),
+        checkpoint_bytes=checkpoint_bytes,
         causes=dict(sorted(causes.items())),
         asked=outcome,
         by_states=tuple(reversed(by_states)),

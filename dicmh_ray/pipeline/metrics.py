@@ -181,7 +181,7 @@ class MetricsObserver(JobObserver):
         """One more death."""
         self._add(DEATHS, report, 1)
 
-    def unit_given_up(self, report: JobReport, unit: Unit) -> None:
+    def unit_given_up(self, report: JobReport, unit: Unit, *, reason: str) -> None:
         """One more unit that is left."""
         self._add(GIVEN_UP, report, 1)
 

@@ -40,6 +40,9 @@ MAX_ATTEMPTS = 3
 BUDGET_GRACE_IMAGES = 100
 """A failure budget that is a fraction is not judged on fewer images than these until the end."""
 
+REASONS_TOLD = 3
+"""Units that were given up, of which the job's error says why."""
+
 ETA_WINDOW_UNITS = 64
 """Units whose pace the estimate of the time to go is made of: the last ones."""
 
@@ -94,6 +97,7 @@ class JobMonitor:
         self._shown = 0.0
         self._attempts: Counter[str] = Counter()
         self._delays: dict[str, float] = {}
+        self._reasons: list[str] = []
         self._pace: deque[tuple[float, int, int]] = deque(maxlen=ETA_WINDOW_UNITS)
         report.started_at = time.time()
 
@@ -162,7 +166,7 @@ class JobMonitor:
         attempt = self._attempts[unit.name]
         _log.warning("unit %s, attempt %d of %d: %s", unit.name, attempt, MAX_ATTEMPTS, error)
         if attempt >= MAX_ATTEMPTS or isinstance(error, PERMANENT_ERRORS):
-            self.give_up(unit)
+            self.give_up(unit, reason=f"{type(error).__name__}: {error}")
             return False
         delay_s = self._delays[unit.name] = retry_delay_s(attempt, self._random)
         self.report.units_retried += 1
@@ -181,11 +185,12 @@ class JobMonitor:
             observer.worker_died(self.report, unit)
         self.show(is_due=True)
 
-    def give_up(self, unit: Unit) -> None:
-        """Leave a unit uncommitted; the job goes on and says so at its end."""
+    def give_up(self, unit: Unit, *, reason: str) -> None:
+        """Leave a unit uncommitted; the job goes on and says so, and why, at its end."""
         self.report.units_failed.append(unit.name)
+        self._reasons.append(f"{unit.name}: {reason}")
         for observer in self._observers:
-            observer.unit_given_up(self.report, unit)
+            observer.unit_given_up(self.report, unit, reason=reason)
         self.show(is_due=True)
 
     def show(self, *, is_due: bool = False) -> None:
@@ -212,10 +217,12 @@ class JobMonitor:
             report.eta_s = 0.0
         self.show(is_due=True)
         if report.units_failed:
-            names = ", ".join(report.units_failed[:5])
+            told = "; ".join(self._reasons[:REASONS_TOLD])
+            more = len(self._reasons) - REASONS_TOLD
             raise JobError(
                 f"{len(report.units_failed)} of {report.units_total} units could not be run "
-                f"({names}); the others are committed, run the job again to retry these"
+                f"({told}{f'; and {more} more' if more > 0 else ''}); "
+                "the others are committed, run the job again to retry these"
             )
         self._check_budget()
         return report

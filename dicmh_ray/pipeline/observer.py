@@ -34,8 +34,8 @@ class JobObserver:
     def worker_died(self, report: JobReport, unit: Unit) -> None:
         """A worker process ended while it ran a unit; the unit is run again elsewhere."""
 
-    def unit_given_up(self, report: JobReport, unit: Unit) -> None:
-        """A unit stays uncommitted; the job goes on."""
+    def unit_given_up(self, report: JobReport, unit: Unit, *, reason: str) -> None:
+        """A unit stays uncommitted; the job goes on. ``reason``: the last error, in one line."""
 
     def ticked(self, report: JobReport) -> None:
         """Time went by. At most five times a second, and after each of the events above."""

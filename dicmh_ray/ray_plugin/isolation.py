@@ -58,7 +58,7 @@ def isolate_all(
                 for future in done:
                     result, unit = future.result(), running[future].unit
                     if result is None:
-                        monitor.give_up(unit)
+                        monitor.give_up(unit, reason=running[future].failure)
                     else:
                         monitor.done(unit, result)
                 monitor.show()
@@ -77,6 +77,9 @@ class _Isolation:
         self._job_ref, self._size, self._notice = job_ref, size, notice
         self._actor: Any = None
         self._is_abandoned = False
+        self.failure = "workers die in it, and no image of it was found that kills them"
+        """Why the unit is given up, when it is."""
+
         self._changing = threading.Lock()
 
     def run(self) -> UnitResult | None:
@@ -92,7 +95,7 @@ class _Isolation:
             cause = cause_of(exc)
             if isinstance(cause, (*FATAL_ERRORS, JobStoppedError)):
                 raise cause from exc
-            _log.warning("unit %s is given up: %s", self.unit.name, cause)
+            self.failure = f"{type(cause).__name__}: {cause}"
             return None
         finally:
             self._end_actor()

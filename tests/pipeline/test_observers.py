@@ -72,12 +72,17 @@ def test_retries_and_units_given_up_are_told_and_the_others_do_not_wait_for_them
     stream = io.StringIO()
     sink = TextfileSink(path=tmp_path / "job.prom")
     observers = [JsonEventLog(stream), MetricsObserver(sink)]
-    with pytest.raises(JobError), JobMonitor(report, observers=observers, seed=1) as monitor:
+    with (
+        pytest.raises(JobError, match=r"\(000000: FileNotFoundError: .*shard-000\.tar'\);"),
+        JobMonitor(report, observers=observers, seed=1) as monitor,
+    ):
         compress_local(job, units, monitor)
     names = [event["event"] for event in events_of(stream)]
     assert names.count("unit_retried") == 2
     assert names.count("unit_given_up") == 1
     assert names.index("unit_committed") < names.index("unit_given_up")
+    (given_up,) = [event for event in events_of(stream) if event["event"] == "unit_given_up"]
+    assert given_up["reason"].startswith("FileNotFoundError: ")
     retried = [event for event in events_of(stream) if event["event"] == "unit_retried"]
     assert [event["attempt"] for event in retried] == [1, 2]
     assert all(event["error"] == "FileNotFoundError" for event in retried)
