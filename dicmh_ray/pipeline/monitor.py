@@ -1,5 +1,6 @@
 """The driver's side of a job, the same for every runtime: counts, attempts, budget, progress."""
 
+import errno
 import logging
 import random
 import time
@@ -16,6 +17,8 @@ from dicmh_ray.errors import (
     MissingExtraError,
     PlanConflictError,
     SourceChangedError,
+    StoreAccessError,
+    StoreUnavailableError,
     TaggerError,
     WeightsError,
 )
@@ -33,6 +36,10 @@ FATAL_ERRORS = (
 
 PERMANENT_ERRORS = (SourceChangedError,)
 """Errors that every attempt at the same unit will meet: it is given up at once."""
+
+STORE_ERRORS = (StoreAccessError, StoreUnavailableError)
+FULL_STORE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""Errors, and numbers of OSErrors, that are the archive's store's: sources are only read."""
 
 MAX_ATTEMPTS = 3
 """Calls of one unit that may end in an error before the job gives it up."""
@@ -157,7 +164,8 @@ class JobMonitor:
         The next attempt shall wait :meth:`retry_delay_s`.
 
         Raises:
-            DicmhError: an error that the next attempt would meet again, in every unit.
+            DicmhError, OSError: an error that the next attempt would meet again, in every unit; or
+                the archive's store refused the last attempt.
         """
         if isinstance(error, FATAL_ERRORS):
             raise error
@@ -167,6 +175,10 @@ class JobMonitor:
         _log.warning("unit %s, attempt %d of %d: %s", unit.name, attempt, MAX_ATTEMPTS, error)
         if attempt >= MAX_ATTEMPTS or isinstance(error, PERMANENT_ERRORS):
             self.give_up(unit, reason=f"{type(error).__name__}: {error}")
+            if isinstance(error, STORE_ERRORS) or (
+                isinstance(error, OSError) and error.errno in FULL_STORE
+            ):
+                raise error  # the others would be encoded in vain
             return False
         delay_s = self._delays[unit.name] = retry_delay_s(attempt, self._random)
         self.report.units_retried += 1

@@ -1,5 +1,6 @@
 """What operators see of a job: events, metrics, estimates, retries. No torch, no ray."""
 
+import errno
 import io
 import json
 import math
@@ -8,7 +9,8 @@ import random
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dicmh_ray.errors import FailureBudgetError, JobError
+from dicmh_ray.archive import ArchiveWriter
+from dicmh_ray.errors import FailureBudgetError, JobError, StoreAccessError
 from dicmh_ray.pipeline import JobMonitor, JobObserver, UnitsQueue, compress_local, plan_job
 from dicmh_ray.pipeline import units_queue as units_queue_module
 from dicmh_ray.pipeline.event_log import JsonEventLog
@@ -91,6 +93,23 @@ def test_retries_and_units_given_up_are_told_and_the_others_do_not_wait_for_them
     assert values["dicmh_units_given_up_total", None] == 1
     assert values["dicmh_job_succeeded", None] == 0
     assert (report.units_retried, report.units_failed) == (2, [units[0].name])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), StoreAccessError("a", "data/x", "403")],
+    ids=["full disk", "no right"],
+)
+def test_a_store_that_takes_nothing_stops_the_job_after_one_unit(tmp_path, monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ArchiveWriter, "commit_unit", refuse)
+    job, units, report = plan_job(write_tars(tmp_path), str(tmp_path / "a"), codec=FakeCodec)
+    with pytest.raises(type(error)), JobMonitor(report) as monitor:
+        compress_local(job, units, monitor)
+    assert len(report.units_failed) == 1
+    assert report.units_retried >= 2
 
 
 def test_a_source_that_was_changed_is_not_tried_again(tmp_path):
