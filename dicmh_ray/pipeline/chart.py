@@ -138,10 +138,10 @@ def _position(edges: Sequence[float], value: float) -> float:
 
 
 def _nice(value: float) -> float:
-    """The smallest of 1, 2, 4, 5, 6, 8, 10 times a power of ten that is not below a value, >= 2."""
+    """The smallest of 1, 2, 4, 6, 8, 10 times a power of ten that is not below a value, >= 2."""
     value = max(2.0, value)
     power = 10.0 ** math.floor(math.log10(value))
-    return next(factor * power for factor in (1, 2, 4, 5, 6, 8, 10) if factor * power >= value)
+    return next(factor * power for factor in (1, 2, 4, 6, 8, 10) if factor * power >= value)
 
 
 def _count(value: float) -> str:

@@ -236,7 +236,7 @@ def _worst(worst: Sequence[WorstImage], thumbnails: Mapping[str, Sequence[Thumbn
         rows.append(
             "<tr>"
             + (f"<td class=pictures>{pictures}</td>" if thumbnails else "")
-            + f"<td><code>{escape(image.key)}</code></td>"
+            + f"<td class=key><code>{escape(image.key)}</code></td>"
             f"<td class=n>{image.psnr:.2f}</td>"
             f"<td class=n>{_optional(image.worst_tile_psnr, '{:.2f}')}</td>"
             f"<td class=n>{_optional(image.bpp, '{:.3f}')}</td>"
@@ -328,7 +328,8 @@ p{margin:6px 0}
 code{font:13px ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 small,.kicker,header p{color:var(--dim)}
 .kicker{text-transform:uppercase;letter-spacing:.08em;font-size:12px;margin:0}
-.chip{display:inline-block;border-radius:9px;padding:0 9px;font-size:12px;font-weight:600}
+.chip{display:inline-block;border-radius:9px;padding:0 9px;font-size:12px;font-weight:600;
+white-space:nowrap}
 .good{background:var(--goodbg);color:var(--good)}.bad{background:var(--badbg);color:var(--failed)}
 .plain{background:var(--plainbg);color:var(--dim)}
 .error{background:var(--badbg);color:var(--failed);border-radius:8px;padding:8px 12px}
@@ -361,7 +362,7 @@ thead th{font-size:13px;color:var(--dim);font-weight:600}
 .facts th{width:170px;font-weight:600;color:var(--dim)}
 .examples{margin:4px 0 0;padding-left:18px;font-size:13px;color:var(--dim)}
 .examples code{color:var(--ink)}
-.pictures{white-space:nowrap;width:1%}
+.key{min-width:9em}.pictures{white-space:nowrap;width:1%}
 .thumb{display:inline-block;border:0;padding:0;margin:0 8px 0 0;background:none;vertical-align:top}
 .thumb img{display:block;max-width:150px;max-height:110px;border-radius:6px}
 .thumb figcaption{font-weight:400;font-size:12px;color:var(--dim);margin:2px 0 0}
