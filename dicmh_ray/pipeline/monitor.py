@@ -148,6 +148,11 @@ class JobMonitor:
         if report.tally.images >= BUDGET_GRACE_IMAGES or isinstance(self._budget, int):
             self._check_budget()
 
+    @property
+    def units_left(self) -> int:
+        """Units without a commit."""
+        return self.report.units_total - self.report.units_resumed - self.report.units_done
+
     def first_unit(self) -> None:
         """Note that a unit is begun; only the first time counts."""
         if self.report.first_unit_seconds is None:

@@ -1,14 +1,18 @@
 """What fits on which machines; no cluster is started."""
 
+import signal
+
 import pytest
 
 pytest.importorskip("ray")
 
-from dicmh_ray.errors import RayUnavailableError
+from dicmh_ray.errors import JobStoppedError, RayUnavailableError
 from dicmh_ray.pipeline import EncodeOptions
-from dicmh_ray.ray_plugin import RayOptions, cluster
+from dicmh_ray.ray_plugin import RayOptions, cluster, compress
 from dicmh_ray.ray_plugin.actors import CHUNK_BYTES, UnitReader
 from dicmh_ray.ray_plugin.cluster import ActorSize, Layout, Machine, connected
+from tests.fake_codec import FakeCodec
+from tests.small_collections import write_tars
 from tests.test_streaming import loaded
 
 
@@ -165,3 +169,18 @@ def test_a_ray_that_is_not_there_is_a_typed_error(monkeypatch, address, error, c
         pass
     assert len(tried) == calls
     assert "advice" not in str(caught.value)
+
+
+def test_told_to_stop_while_ray_starts_a_job_ends_as_one_that_was_told_to_stop(
+    monkeypatch, tmp_path
+):
+    """Ray's handler, which is there until ours is, ends the process with the signal's number."""
+
+    def init(**_):
+        raise SystemExit(signal.SIGTERM)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(JobStoppedError, match="3 units left"):
+        compress(write_tars(tmp_path), str(tmp_path / "archive"), codec=FakeCodec)
