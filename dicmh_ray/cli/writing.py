@@ -23,7 +23,7 @@ from dicmh_ray.cli.output import (
 )
 from dicmh_ray.cli.progress import JobDisplay
 from dicmh_ray.cli.reporting import write_job_page
-from dicmh_ray.errors import DicmhError
+from dicmh_ray.errors import DicmhError, JobStoppedError
 from dicmh_ray.pipeline import EncodeOptions, EncodePolicy, JobObserver, JobReport
 from dicmh_ray.pipeline.encode import FAILURE_CAUSES
 from dicmh_ray.pipeline.event_log import JsonEventLog
@@ -77,7 +77,8 @@ def run_compress(arguments: CompressArguments, *, dry_run: bool, as_json: bool) 
             if display.last is not None:
                 print_report(display.last, as_json=as_json)
                 write_report(arguments, display.last, error=exc)
-                if display.last.manifest is None:
+                # That it was told to stop says so itself.
+                if display.last.manifest is None and not isinstance(exc, JobStoppedError):
                     tell("what is committed stays; the same command goes on from there")
             raise
     print_report(report, as_json=as_json)
