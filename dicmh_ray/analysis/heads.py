@@ -96,7 +96,9 @@ def fit_head(
     classes = sorted(value for value, count in counts.items() if count >= min_images)
     if len(classes) < 2:
         raise TaskError(
-            "fit-head", f"{len(classes)} classes of {min_images} pictures have a {label}"
+            "fit-head",
+            f"of {len(keys)} pictures with a {label} there are {len(classes)} classes of "
+            f"{min_images} or more, wanted two",
         )
     known = [i for i, value in enumerate(values) if value in set(classes)]
     test = {i for i in known if _is_left_out(keys[i], left_out)}
