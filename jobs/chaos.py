@@ -190,10 +190,13 @@ def live(
     seen: Counter[str] = Counter()
     uri, options = place
 
+    lock = threading.Lock()
+
     def hook(point: str) -> None:
-        seen[point] += 1
-        if kill_at is not None and kill_at == (point, seen[point]):
-            os.kill(os.getpid(), signal.SIGKILL)
+        with lock:
+            seen[point] += 1
+            if kill_at == (point, seen[point]):
+                os.kill(os.getpid(), signal.SIGKILL)
 
     start = partial(compress, codec=FakeCodec, runtime="local", storage_options=options)
     with hooked(hook):
@@ -279,6 +282,9 @@ def try_failpoints(
         place = f"{uri}/{number:03d}", storage_options
         kills = [lives.run(place, (point, reach)) is None for reach in reaches]
         lives.run(place)
+        wrong = judge(place[0], expected, storage_options)
+        if not kills[0]:
+            wrong.append("the failpoint was not reached: nothing was tried")
         record.add(
             Case(
                 trial=trial,
@@ -286,7 +292,7 @@ def try_failpoints(
                 starts=len(kills) + 1,
                 kills={point: sum(kills)},
                 rows=len(expected.rows),
-                wrong=judge(place[0], expected, storage_options),
+                wrong=wrong,
             )
         )
 

@@ -194,7 +194,7 @@ def plot(storms: Sequence[Storm], path: Path) -> None:
         right.plot(shards, [each.ms_per_shard for each in storms], "o-")
         right.set_ylabel("ms a shard: whole time / shards")
         right.set_xlabel("shards, all committed at once")
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.45 * max(each.ms_per_shard for each in storms))
         right.grid(visible=True, alpha=0.3)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
