@@ -67,6 +67,7 @@ class Options:
     folds: int
     epochs: int
     limit: int | None
+    views: Sequence[str]
     as_json: bool
 
 
@@ -96,12 +97,21 @@ class Row:
     images_per_s: float
     bytes_per_image: float
 
+    def line(self) -> str:
+        """Of the table in Markdown."""
+        return (
+            f"| {self.task} | {self.reads} | {self.pictures} | {self.metric} | {self.value:.3f} | "
+            f"{self.low:.3f} to {self.high:.3f} | {self.images_per_s:.1f} | "
+            f"{self.bytes_per_image:,.0f} |"
+        )
 
-def inputs_of(states: int, *, latents: bool) -> list[Input]:
-    """Originals, then views from all states to few."""
-    some = [k for k in (4, 2, 1) if k <= states]
-    found = [Input(view="original"), *(Input(view="machine", states=k) for k in some)]
-    return found + [Input(view="latent", states=k) for k in some if latents]
+
+def inputs_of(options: Options, *, latents: bool) -> list[Input]:
+    """Originals, then views of all states that were written and of two."""
+    found = [Input(view="original")]
+    for view in ("machine", "latent") if latents else ("machine",):
+        found += [Input(view=view, states=k) for k in dict.fromkeys((options.states, 2))]
+    return [one for one in found if one.view in options.views]
 
 
 def archive_of(options: Options, name: str, sources: Sequence[str]) -> Archive:
@@ -116,11 +126,12 @@ def archive_of(options: Options, name: str, sources: Sequence[str]) -> Archive:
 
 
 def read(
-    archive: Archive, given: Input, keys: set[str], prepare: Prepare
-) -> tuple[dict[str, Any], float]:
-    """What ``prepare`` makes of each picture, by key, and the seconds that all of it took."""
+    archive: Archive, given: Input, keys: set[str], prepares: Sequence[Prepare]
+) -> list[tuple[dict[str, Any], float]]:
+    """What each of ``prepares`` makes of the pictures, by key, and the seconds it would take alone."""
     started = time.perf_counter()
-    found: dict[str, Any] = {}
+    found: list[dict[str, Any]] = [{} for _ in prepares]
+    own = [0.0 for _ in prepares]
     for image in archive.iter(view=given.view, states=given.states):
         if image.key in keys:
             if given.view == "original":
@@ -129,8 +140,12 @@ def read(
                 value = image.latent(given.states)
             else:
                 value = image.pixels(given.view, given.states)
-            found[image.key] = prepare(value)
-    return found, time.perf_counter() - started
+            for number, prepare in enumerate(prepares):
+                before = time.perf_counter()
+                found[number][image.key] = prepare(value)
+                own[number] += time.perf_counter() - before
+    reading = time.perf_counter() - started - sum(own)
+    return [(values, reading + seconds) for values, seconds in zip(found, own, strict=True)]
 
 
 def bytes_of(archive: Archive, given: Input, keys: set[str]) -> float:
@@ -180,7 +195,7 @@ def tested(
             labels=names,
             codec_id="",
             states=None,
-            options=HeadOptions(epochs=epochs),
+            options=HeadOptions(epochs=epochs, batch_size=8),
         )
         started = time.perf_counter()
         found = head.probabilities([values[key] for key in test]).argmax(axis=1)
@@ -214,9 +229,7 @@ def head_rows(options: Options, specs: Sequence[NetSpec]) -> list[Row]:
     embed.setup()
     rows = []
 
-    def add(task: str, given: Input, prepare: Prepare) -> None:
-        tell(f"{task}: {given.name}")
-        values, read_s = read(archive, given, keys, prepare)
+    def add(task: str, given: Input, values: dict[str, Values], read_s: float) -> None:
         right, head_s = tested(values, labels, folds, options.epochs)
         low, high = wilson(right)
         rows.append(
@@ -232,12 +245,16 @@ def head_rows(options: Options, specs: Sequence[NetSpec]) -> list[Row]:
                 bytes_per_image=bytes_of(archive, given, keys),
             )
         )
+        tell(rows[-1].line())
 
-    for given in inputs_of(options.states, latents=True):
-        prepare = (lambda latent: latent) if given.view == "latent" else patches
-        add("head", given, prepare)
-    for given in inputs_of(options.states, latents=False):
-        add("head on a net's features", given, lambda p: embed.vector(p)[:, None, None])
+    for given in inputs_of(options, latents=True):
+        if given.view == "latent":
+            add("head", given, *read(archive, given, keys, [lambda latent: latent])[0])
+        else:
+            ways: list[Prepare] = [patches, lambda p: embed.vector(p)[:, None, None]]
+            pixels, features = read(archive, given, keys, ways)
+            add("head", given, *pixels)
+            add("head on a net's features", given, *features)
     return rows
 
 
@@ -256,9 +273,8 @@ def detection_rows(options: Options, specs: Sequence[NetSpec], boxes: Path) -> l
     chance = np.random.default_rng(0)
     draws = [chance.integers(len(there), size=len(there)) for _ in range(DRAWS)]
     rows = []
-    for given in inputs_of(options.states, latents=False):
-        tell(f"detection: {given.name}")
-        found, seconds = read(archive, given, set(there), net.read)
+    for given in inputs_of(options, latents=False):
+        ((found, seconds),) = read(archive, given, set(there), [net.read])
         pairs = [(found[key], one) for key, one in there.items()]
 
         def ap50(chosen: Sequence[Any]) -> float:
@@ -279,6 +295,7 @@ def detection_rows(options: Options, specs: Sequence[NetSpec], boxes: Path) -> l
                 bytes_per_image=bytes_of(archive, given, set(there)),
             )
         )
+        tell(rows[-1].line())
     return rows
 
 
@@ -288,12 +305,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "| task | reads | pictures | metric | value | 95 % | images/s | bytes a picture |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row.task} | {row.reads} | {row.pictures} | {row.metric} | {row.value:.3f} | "
-        f"{row.low:.3f} to {row.high:.3f} | {row.images_per_s:.1f} | {row.bytes_per_image:,.0f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(row.line() for row in rows)])
 
 
 def tell(line: str) -> None:
@@ -314,6 +326,8 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=12, help="of each fit")
     parser.add_argument("--limit", type=int, help="pictures of each collection at most")
+    known = ("original", "machine", "latent")
+    parser.add_argument("--views", nargs="+", choices=known, default=known)
     parser.add_argument("--json", action="store_true", dest="as_json")
     return Options(**vars(parser.parse_args(arguments)))
 
