@@ -10,12 +10,15 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
+# Before ray is imported, which reads what this sets in the environment.
+from dicmh_ray.ray_plugin.cluster import connected  # isort: skip
+
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from dicmh_ray.codec import ImageCodec
 from dicmh_ray.errors import JobError
-from dicmh_ray.ray_plugin.cluster import start_local_ray
+from dicmh_ray.ray_plugin.options import RayOptions
 from dicmh_ray.views.bulk import BulkDecode, ShardRecord
 
 _log = logging.getLogger(__name__)
@@ -51,22 +54,31 @@ def decode_on_ray(
         job: planned by :func:`dicmh_ray.views.bulk.plan_bulk_decode`.
         workers: actors; None is one for each CPU of the cluster, or each GPU that they claim.
         num_gpus: claimed by each actor; 0 decodes on the CPU, each actor on one.
-        address: of a running cluster; None starts one here unless this process has one.
+        address: of a running cluster; None joins the Ray of this process or of ``RAY_ADDRESS``
+            where there is one; else a local Ray is started and stopped again.
         codec: picklable function that makes the codec; None is the archive's own.
         on_shard: called with each record.
 
     Raises:
         JobError: a shard killed :data:`MAX_DEATHS` actors.
+        RayUnavailableError: the cluster does not answer, or the local one does not start.
         DicmhError: a shard cannot be made; what was made stays.
     """
     waiting = deque(job.shards_left())
     if not waiting:
         return
-    if not ray.is_initialized():
-        if address is None:
-            start_local_ray(workers)
-        else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    with connected(RayOptions(address=address, local_cpus=workers)):
+        _run(job, waiting, workers, num_gpus, codec, on_shard)
+
+
+def _run(
+    job: BulkDecode,
+    waiting: deque[int],
+    workers: int | None,
+    num_gpus: float,
+    codec: Callable[[], ImageCodec] | None,
+    on_shard: Callable[[ShardRecord], None] | None,
+) -> None:
     claimed = "GPU" if num_gpus else "CPU"
     resources_there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     room = int(resources_there.get(claimed, 1) / (num_gpus or 1))
