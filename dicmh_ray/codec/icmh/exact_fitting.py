@@ -26,13 +26,18 @@ from dicmh_ray.codec.icmh.exact_model import (
 )
 from dicmh_ray.codec.icmh.integer_nets import IntegerLayer, fraction_for, gelu_table
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
+from dicmh_ray.errors import WeightsError
 
 _Z_ROOM = 1.5
 
 
 @torch.no_grad()
 def fit_exact_model(coder: LatentCoder, calibration: Iterable[tuple[Tensor, Tensor]]) -> ExactModel:
-    """Ranges and counts from the float coder, then integers from its weights."""
+    """Ranges and counts from the float coder, then integers from its weights.
+
+    Raises:
+        WeightsError: the coder's latents of the calibration are not finite.
+    """
     slices = coder.config.slices
     sequences = {name: _convolutions(coder.get_submodule(name)) for name, _ in net_sizes(slices)}
     layers = [layer for sequence in sequences.values() for layer in sequence]
@@ -49,6 +54,8 @@ def fit_exact_model(coder: LatentCoder, calibration: Iterable[tuple[Tensor, Tens
     try:
         for x, ref in calibration:
             y, z = coder.analyse(x, ref)
+            if not (torch.isfinite(y).all() and torch.isfinite(z).all()):
+                raise WeightsError("latent coder", "gives latents that are not finite numbers")
             z_hat = coder.round_z(z)
             (scales, means), y_hat = coder.round_y(y, z_hat)
             y_peak = max(y_peak, float(y_hat.abs().max()))
