@@ -235,7 +235,7 @@ class Commit:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass as they are: ``asdict`` copies all that is in them, ten times slower."""
+    """The fields of a dataclass as they are; ``asdict`` would copy all that is in them, slowly."""
     return {field: getattr(value, field) for field in value.__slots__}
 
 
