@@ -144,6 +144,19 @@ def test_a_readers_answers_are_bounded_by_bytes_and_end_with_an_empty_one(monkey
     assert reader.read() == []
 
 
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Gives this process the way in which Ray fails to start; a cluster of other tests stays."""
+
+    def fails(init):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(cluster.ray, "init", init)
+        monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+
+    return fails
+
+
 @pytest.mark.parametrize(
     ("address", "error", "calls", "told"),
     [
@@ -152,16 +165,14 @@ def test_a_readers_answers_are_bounded_by_bytes_and_end_with_an_empty_one(monkey
         ("ray://head:10001", ConnectionError(), 1, "ConnectionError"),
     ],
 )
-def test_a_ray_that_is_not_there_is_a_typed_error(monkeypatch, address, error, calls, told):
+def test_a_ray_that_is_not_there_is_a_typed_error(no_ray, address, error, calls, told):
     tried = []
 
     def init(**options):
         tried.append(options["address"])
         raise error
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", init)
+    no_ray(init)
     with (
         pytest.raises(RayUnavailableError, match=told) as caught,
         connected(RayOptions(address=address)),
@@ -171,16 +182,12 @@ def test_a_ray_that_is_not_there_is_a_typed_error(monkeypatch, address, error, c
     assert "advice" not in str(caught.value)
 
 
-def test_told_to_stop_while_ray_starts_a_job_ends_as_one_that_was_told_to_stop(
-    monkeypatch, tmp_path
-):
+def test_told_to_stop_while_ray_starts_a_job_ends_as_one_that_was_told_to_stop(no_ray, tmp_path):
     """Ray's handler, which is there until ours is, ends the process with the signal's number."""
 
     def init(**_):
         raise SystemExit(signal.SIGTERM)
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", init)
+    no_ray(init)
     with pytest.raises(JobStoppedError, match="3 units left"):
         compress(write_tars(tmp_path), str(tmp_path / "archive"), codec=FakeCodec)
