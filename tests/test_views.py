@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dicmh_ray.archive import open_store
+from dicmh_ray.archive import EncodedImage, open_store
 from dicmh_ray.errors import (
     ArchiveNotFoundError,
     BitstreamError,
@@ -22,6 +22,7 @@ from dicmh_ray.pipeline import EncodePolicy
 from dicmh_ray.ray_plugin import compress
 from dicmh_ray.source import SourceOptions
 from dicmh_ray.views import codecs, decode_views, open_archive, picture_of, read_mark
+from dicmh_ray.views.pictures import reduced
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
 
@@ -208,6 +209,42 @@ def test_a_thumbnail_is_small_and_takes_one_state(archive, codec):
     assert (thumbnail.dtype, thumbnail.shape) == (np.uint8, (6, 8, 3))
     assert np.array_equal(archive["b"].thumbnail(), archive["b"].pixels(states=1))
     assert codec.num_decoded == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "max_side", "reduction", "shape"),
+    [
+        ((24, 32), 32, 1, (24, 32)),
+        ((24, 33), 32, 1, (23, 32)),
+        ((250, 511), 64, 4, (31, 64)),
+        ((250, 512), 64, 8, (31, 64)),
+        ((4001, 3001), 256, 8, (256, 192)),
+        ((8, 8), 1, 8, (1, 1)),
+    ],
+)
+def test_a_thumbnail_is_drawn_as_small_as_the_codec_can(size, max_side, reduction, shape):
+    height, width = size
+    whole = np.dstack(
+        [np.tile(np.linspace(0, 255, width), (height, 1)), np.zeros((height, width, 2))]
+    ).astype(np.uint8)
+    drawn = []
+
+    class Reducing:
+        def decode_reduced(self, bitstreams, reductions, *, states):
+            drawn.append((reductions, states))
+            edges = ((0, -height % reduction), (0, -width % reduction), (0, 0))
+            padded = np.pad(whole, edges, "edge")
+            blocks = padded.reshape(len(padded) // reduction, reduction, -1, reduction, 3)
+            return [np.rint(blocks.mean((1, 3))).astype(np.uint8)]
+
+    row = EncodedImage(
+        key="a", status="ok", width=width, height=height, base=b"stream", prefix_bytes=(6,)
+    )
+    (small,) = decode_views([row], "thumbnail", codec=Reducing(), max_side=max_side)
+    assert drawn == [([reduction], 1)]
+    assert small.shape == (*shape, 3)
+    direct = reduced(whole, max_side)
+    assert np.abs(small.astype(int) - direct).max() <= 4
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])

@@ -24,6 +24,7 @@ __all__ = [
     "ImageCodec",
     "ImageTagger",
     "Quality",
+    "ReducingCodec",
     "TagScore",
     "TagSuggester",
     "TaggedStream",
@@ -122,6 +123,26 @@ class ImageCodec(Protocol):
         decoded: Sequence[npt.NDArray[np.uint8]],
     ) -> list[Quality]:
         """Compare pairs of uint8 ``[H, W, 3]`` pictures of equal shape."""
+
+
+@runtime_checkable
+class ReducingCodec(Protocol):
+    """What some codecs can do besides :class:`ImageCodec`: draw a picture small from the start."""
+
+    def decode_reduced(
+        self, bitstreams: Sequence[bytes], reductions: Sequence[int], *, states: int | None = None
+    ) -> list[npt.NDArray[np.uint8]]:
+        """Machine views, each reduced on both sides by its own factor; nothing larger is made.
+
+        Args:
+            bitstreams: of the pictures, or prefixes.
+            reductions: for each, r of 1, 2, 4 or 8.
+            states: decode from the first ones only; None is all.
+
+        Returns:
+            For each a uint8 ``[ceil(H / r), ceil(W / r), 3]`` RGB picture of the means of r x r
+            pixels. Raises as :meth:`ImageCodec.decode`.
+        """
 
 
 class ImageTagger(Protocol):

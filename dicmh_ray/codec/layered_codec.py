@@ -143,11 +143,18 @@ class LayeredCodec:
             if view == "human":
                 stream = parse_bitstream(data)
                 noise = _Noise(noise_key(stream.states[0].payload), stream.tags)
-            image = self._synthesise(symbols, count - 1, noise)
-            image = np.ascontiguousarray(image[: header.height, : header.width])
-            if header.is_grey:
-                image[:] = np.rint(image.mean(2, keepdims=True, dtype=np.float32)).astype(np.uint8)
-            images.append(image)
+            images.append(_framed(self._synthesise(symbols, count - 1, noise), header))
+        return images
+
+    def decode_reduced(
+        self, bitstreams: Sequence[bytes], reductions: Sequence[int], *, states: int | None = None
+    ) -> list[npt.NDArray[np.uint8]]:
+        """See :class:`dicmh_ray.codec.ReducingCodec`."""
+        images = []
+        for data, reduction in zip(bitstreams, reductions, strict=True):
+            header, symbols, count = self._recall(data, states)
+            image = self._synthesise(symbols, count - 1, reduction=reduction)
+            images.append(_framed(image, header, reduction))
         return images
 
     def decode_latent(
@@ -293,14 +300,15 @@ class LayeredCodec:
         return header, symbols, len(wanted)
 
     def _synthesise(
-        self, symbols: Symbols, state: int, noise: _Noise | None
+        self, symbols: Symbols, state: int, noise: _Noise | None = None, reduction: int = 1
     ) -> npt.NDArray[np.uint8]:
-        """Pixels of the machine view, or with noise of the human view."""
+        """Pixels of the machine view, or with noise of the human view; whole cells."""
         rows, columns = symbols.shape[:2]
+        cell = ALIGNMENT // reduction
         margin = self._network.config.decode_margin
         if noise is not None:
             margin += self._network.config.human_margin
-        image = np.empty((ALIGNMENT * rows, ALIGNMENT * columns, 3), np.uint8)
+        image = np.empty((cell * rows, cell * columns, 3), np.uint8)
         step = self._steps[state]
 
         def pixels(symbols_BijC: Tensor, down: Window, across: Window) -> Tensor:
@@ -309,7 +317,7 @@ class LayeredCodec:
             z_BChw = self._network.estimate(y_BCij, states_B)
             if noise is not None:
                 z_BChw = self._restore(z_BChw, states_B, noise, down, across)
-            x = self._network.autoencoder.decode(z_BChw)
+            x = self._network.autoencoder.decode(z_BChw, reduction)
             return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
         for down in windows(rows, size=WINDOW, margin=margin):
@@ -317,8 +325,8 @@ class LayeredCodec:
                 region = symbols[down.outer(), across.outer()]
                 draw = functools.partial(pixels, down=down, across=across)
                 x = self._run(draw, region[None])[0]
-                image[down.whole(ALIGNMENT), across.whole(ALIGNMENT)] = x[
-                    down.inner(ALIGNMENT), across.inner(ALIGNMENT)
+                image[down.whole(cell), across.whole(cell)] = x[
+                    down.inner(cell), across.inner(cell)
                 ]
         return image
 
@@ -347,6 +355,17 @@ class LayeredCodec:
             tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
             result: npt.NDArray[Any] = function(tensor).cpu().numpy()
         return result
+
+
+def _framed(
+    image: npt.NDArray[np.uint8], header: Header, reduction: int = 1
+) -> npt.NDArray[np.uint8]:
+    """A picture without the padding of its last cells, and grey where the original was."""
+    height, width = -(-header.height // reduction), -(-header.width // reduction)
+    image = np.ascontiguousarray(image[:height, :width])
+    if header.is_grey:
+        image[:] = np.rint(image.mean(2, keepdims=True, dtype=np.float32)).astype(np.uint8)
+    return image
 
 
 def load_layered_codec(

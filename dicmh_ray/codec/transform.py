@@ -155,9 +155,26 @@ class PatchAutoencoder(nn.Module):
             z = block(z)
         return z
 
-    def decode(self, z_BChw: Tensor) -> Tensor:
-        """z -> sample values, float ``[B, 3, H, W]``, not clamped."""
-        x: Tensor = self.synthesis(z_BChw * self.z_scale[:, None, None])
+    def decode(self, z_BChw: Tensor, reduction: int = 1) -> Tensor:
+        """z -> sample values, float ``[B, 3, H/r, W/r]``, not clamped.
+
+        With a ``reduction`` r of 2, 4 or 8 each sample is the mean of r x r samples of the whole
+        picture, which itself is not made: the mean of what the layer draws is drawn by its mean.
+        """
+        z_BChw = z_BChw * self.z_scale[:, None, None]
+        if reduction == 1:
+            x: Tensor = self.synthesis(z_BChw)
+            return x + 128.0
+        # To whole patches on every side, so that the blocks of a mean begin where a patch does.
+        kernel = F.pad(self.synthesis.weight, [PATCH // 2] * 4)
+        stride = PATCH // reduction
+        x = F.conv_transpose2d(
+            z_BChw,
+            F.avg_pool2d(kernel, reduction),
+            self.synthesis.bias,
+            stride=stride,
+            padding=stride,
+        )
         return x + 128.0
 
     def residual(self, z_BChw: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from dicmh_ray.archive import BLOBS, EncodedImage
-from dicmh_ray.codec import ImageCodec
+from dicmh_ray.codec import ImageCodec, ReducingCodec
 from dicmh_ray.errors import (
     BitstreamError,
     DicmhError,
@@ -18,7 +18,7 @@ from dicmh_ray.errors import (
     UnreadableImageError,
     UnsupportedImageError,
 )
-from dicmh_ray.views.pictures import picture_of, reduced
+from dicmh_ray.views.pictures import picture_of, reduced, reduced_further, reduction_for
 
 View = Literal["tags", "latent", "machine", "human", "thumbnail", "original"]
 VIEWS: tuple[str, ...] = get_args(View)
@@ -176,8 +176,16 @@ def _decode(
         return list(codec.decode_latent(data, states=states))
     if view != "thumbnail":
         return list(codec.decode(data, states=states, view=view))
-    pictures = codec.decode(data, states=states_for(view, states), view="machine")
-    return [reduced(picture, max_side) for picture in pictures]
+    states = states_for(view, states)
+    if not isinstance(codec, ReducingCodec):
+        return [reduced(picture, max_side) for picture in codec.decode(data, states=states)]
+    sizes = [(row.height or 1, row.width or 1) for row in rows]
+    reductions = [reduction_for(*size, max_side) for size in sizes]
+    pictures = codec.decode_reduced(data, reductions, states=states)
+    return [
+        reduced_further(picture, reduction, *size, max_side)
+        for picture, reduction, size in zip(pictures, reductions, sizes, strict=True)
+    ]
 
 
 def error_of(result: Any) -> DicmhError | None:

@@ -30,19 +30,44 @@ def picture_of(data: bytes) -> Picture:
 
 
 def reduced(image: Picture, max_side: int) -> Picture:
-    """The picture no longer than ``max_side`` on either side: means of the pixels under each one.
+    """The picture no longer than ``max_side`` on either side, by Pillow's antialiased bicubic.
 
     Returns:
         uint8 ``[h, w, 3]``; a picture that is small enough is returned as it is.
     """
+    return reduced_further(image, 1, *image.shape[:2], max_side)
+
+
+def reduction_for(height: int, width: int, max_side: int) -> int:
+    """The largest of 1, 2, 4, 8 by which a picture can be reduced and is not below ``max_side``."""
     if max_side < 1:
         raise ValueError(f"max_side is {max_side}, wanted 1 or more")
-    height, width = image.shape[:2]
+    longest = max(height, width)
+    return max(r for r in (1, 2, 4, 8) if r == 1 or r * max_side <= longest)
+
+
+def reduced_further(
+    image: Picture, reduction: int, height: int, width: int, max_side: int
+) -> Picture:
+    """The rest of the way from a picture that is reduced already.
+
+    Args:
+        image: uint8 ``[ceil(height / reduction), ceil(width / reduction), 3]``.
+        reduction: its factor.
+        height: of the whole picture.
+        width: the same.
+        max_side: of the result.
+    """
+    if max_side < 1:
+        raise ValueError(f"max_side is {max_side}, wanted 1 or more")
     if max(height, width) <= max_side:
         return image
     scale = max_side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+    # The last column and row may lie partly beyond the whole picture's edge.
+    bottom, right = min(height / reduction, len(image)), min(width / reduction, len(image[0]))
+    inside = (0, 0, right, bottom)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, inside))
 
 
 def _shown(image: Image.Image) -> Picture:

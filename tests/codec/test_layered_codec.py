@@ -111,6 +111,32 @@ def test_windows_give_the_picture_of_one_pass(
     assert difference.mean() < 1e-4
 
 
+@pytest.mark.parametrize("size", [(48, 64), (33, 250), (7, 5)])
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_a_reduced_picture_is_the_means_of_the_whole_one(
+    codec: LayeredCodec, size: tuple[int, int], reduction: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layered_codec, "WINDOW", 2)
+    image = (64 + picture(*size) // 2).astype(np.uint8)
+    data = encode(codec, image)
+    (small,) = codec.decode_reduced([data], [reduction], states=2)
+    (whole,) = codec.decode([data], states=2)
+    assert (small.dtype, small.shape[2]) == (np.uint8, 3)
+    assert small.shape[:2] == tuple(-(-side // reduction) for side in size)
+    rows, columns = (side // reduction for side in size)
+    blocks = whole[: rows * reduction, : columns * reduction]
+    means = blocks.reshape(rows, reduction, columns, reduction, 3).mean((1, 3))
+    # Half a level of rounding each; the whole one is also clipped before the mean.
+    assert np.abs(small[:rows, :columns] - means).max(initial=0) <= 1
+
+
+def test_a_reduced_grey_picture_is_grey(codec: LayeredCodec) -> None:
+    grey = np.repeat(picture(40, 40)[..., :1], 3, axis=2)
+    (small,) = codec.decode_reduced([encode(codec, grey)], [4])
+    assert small.shape == (10, 10, 3)
+    assert (small == small[..., :1]).all()
+
+
 def test_images_of_a_batch_are_coded_as_alone(codec: LayeredCodec) -> None:
     images = [picture(33, 20), picture(64, 64, 1), picture(33, 20, 2)]
     together = codec.encode(images, tags=[()] * 3, exif_orientations=[1] * 3)
