@@ -88,6 +88,14 @@ def assert_decodes(model: ExactEntropyModel, coded: CodedLatent) -> None:
     assert decoded.symbol_crc == coded.symbol_crc
 
 
+def test_a_coder_whose_latents_are_not_numbers_is_refused() -> None:
+    coder = lively_coder()
+    with torch.no_grad():
+        next(coder.parameters()).fill_(torch.nan)
+    with pytest.raises(WeightsError, match="not finite"):
+        ExactEntropyModel.fit(coder, [pictures(1, 64, 64, 0)])
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
