@@ -141,10 +141,10 @@ def test_compact_and_gc_leave_one_part_and_one_version(run, archive, tmp_path):
     assert "deleted            0 objects" in shown
     options = ("--keep-versions", 1, "--keep-days", 0, "--grace-hours", 0)
     shown = run("gc", archive, *options, "--dry-run").stdout
-    assert shown.count("would delete\t") == 6, "two parts, two indexes, two commits"
+    assert shown.count("would delete\t") == 7, "two parts, two indexes and both joined, two commits"
     report = json.loads(run("gc", archive, *options, "--json").stdout)
     assert (report["given_up"], report["kept_versions"]) == ([1], [2])
-    assert len(report["deleted"]) == 6
+    assert len(report["deleted"]) == 7
     assert pq.read_table(archive / "data", columns=["key"]).num_rows == 4
     assert sorted(before.splitlines()) == sorted(
         run("ls", archive, "--columns", "key,bpp,crc32c").stdout.splitlines()
