@@ -16,6 +16,8 @@ INSTALL_PIP = $(BIN)/python -m pip $(INSTALL)
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where this is set, every process compiles all of torch anew: uv leaves that to the first import.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types bench clean
