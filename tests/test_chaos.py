@@ -1,4 +1,4 @@
-"""The chaos command in small: kills at failpoints, a broken schedule, and the record that goes on."""
+"""The chaos command in small: 20 kills, a broken schedule, and the record that goes on."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("ray")
 
 from dicmh_ray.testing.collection import make_collection
+from dicmh_ray.testing.processes import VICTIMS
 from jobs import chaos
 
 
@@ -29,6 +30,17 @@ def test_kills_at_failpoints_once_and_twice_lose_nothing(tmp_path):
     assert (found["archives"], found["rows"], found["wrong"]) == (12, 144, 0)
     # What a first life has done, a second one need not do again.
     assert 15 <= found["kills"] <= 18
+
+
+@pytest.mark.ray
+def test_five_kills_of_driver_actor_worker_and_raylet_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(chaos, "PAUSE_S", (0.0, 2.0))
+    report = tmp_path / "report.json"
+    arguments = ["--kills", "5", "--images", "100", "--seed", "11", "--json", str(report)]
+    assert chaos.main(arguments) == 0
+    found = sums(report)
+    assert (found["kills"], found["wrong"]) == (5, 0)
+    assert set(found["kills by kind"]) == set(VICTIMS)
 
 
 def test_a_broken_schedule_loses_nothing_and_a_second_run_finds_it_done(tmp_path, capsys):
