@@ -180,11 +180,11 @@ def _decode(
     if not isinstance(codec, ReducingCodec):
         return [reduced(picture, max_side) for picture in codec.decode(data, states=states)]
     sizes = [(row.height or 1, row.width or 1) for row in rows]
-    reductions = [reduction_for(*size, max_side) for size in sizes]
+    reductions = [reduction_for(height, width, max_side) for height, width in sizes]
     pictures = codec.decode_reduced(data, reductions, states=states)
     return [
-        reduced_further(picture, reduction, *size, max_side)
-        for picture, reduction, size in zip(pictures, reductions, sizes, strict=True)
+        reduced_further(picture, reduction, height, width, max_side)
+        for picture, reduction, (height, width) in zip(pictures, reductions, sizes, strict=True)
     ]
 
 

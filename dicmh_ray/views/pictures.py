@@ -35,7 +35,8 @@ def reduced(image: Picture, max_side: int) -> Picture:
     Returns:
         uint8 ``[h, w, 3]``; a picture that is small enough is returned as it is.
     """
-    return reduced_further(image, 1, *image.shape[:2], max_side)
+    height, width = image.shape[:2]
+    return reduced_further(image, 1, height, width, max_side)
 
 
 def reduction_for(height: int, width: int, max_side: int) -> int:
