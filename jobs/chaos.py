@@ -29,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -76,6 +76,7 @@ PATIENCE_S, HOLD_S = 0.6, 0.9
 PER_TAR, WORKERS, PACE_MS = 20, 2, 15.0
 PAUSE_S = 1.0, 8.0
 RAYLET_PATIENCE_S = 30.0
+MAX_LIFE_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,36 +304,41 @@ def try_failpoints(
 # --- kills --------------------------------------------------------------------------------------
 
 
-def in_turn(random: Random) -> Iterator[Victim]:
-    """Victims without end: of each kind one, in any order, and again; rare ones get their share."""
-    while True:
-        yield from random.sample(VICTIMS, len(VICTIMS))
-
-
 def torment(
-    command: Sequence[str], log: Path, limit: int, victims: Iterator[Victim], random: Random
+    command: Sequence[str], log: Path, limit: int, waiting: deque[Victim], random: Random
 ) -> tuple[int, Counter[str]]:
     """Run one job to its end under fire; how often it was started, and what was killed.
 
+    Args:
+        command: that runs the job.
+        log: where what it prints goes.
+        limit: of kills.
+        waiting: kinds of victims, the next one first. One stays in front until it was found, so that
+            rare kinds get their share; when none is left, one of each follows in any order.
+        random: draws the times, orders and processes.
+
     Raises:
-        RuntimeError: the job does not end.
+        RuntimeError: the job hangs, or does not end however often it is started.
     """
     kills: Counter[str] = Counter()
     for starts in range(1, 5 * (limit + 1)):
         driver = Driver(command, log)
+        give_up_at = time.monotonic() + MAX_LIFE_S
         try:
-            victim = next(victims)
             strike_at = time.monotonic() + random.uniform(*PAUSE_S)
             while (ended := driver.poll()) is None and not driver.is_stuck(RAYLET_PATIENCE_S):
                 time.sleep(0.1)
+                if time.monotonic() > give_up_at:
+                    raise RuntimeError(f"the job hangs since {MAX_LIFE_S:.0f} s; see {log}")
                 if kills.total() == limit or time.monotonic() < strike_at:
                     continue
-                struck = driver.strike(victim, random)
+                if not waiting:
+                    waiting.extend(random.sample(VICTIMS, len(VICTIMS)))
+                struck = driver.strike(waiting[0], random)
                 if struck is None:
                     continue  # there is none yet
-                kills[victim] += 1
+                kills[waiting.popleft()] += 1
                 print(f"  killed {struck}", flush=True)
-                victim = next(victims)
                 strike_at = time.monotonic() + random.uniform(*PAUSE_S)
             if ended == 0:
                 return starts, kills
@@ -360,14 +366,14 @@ def try_kills(trial: str, folder: Path, record: Record, options: argparse.Namesp
     on_ray = ["--workers", str(WORKERS)]
     if not options.shipped:
         on_ray += ["--pace-ms", str(PACE_MS)]
-    number, victims = 0, in_turn(Random(options.seed))
+    number, waiting = 0, deque[Victim]()
     while (left := options.kills - sum(sum(c.kills.values()) for c in record.of(trial))) > 0:
         name = f"archive {number}, seed {options.seed}"
         if record.lacks(trial, [name]):
             archive = folder / f"archive-{number}"
             random = Random(f"{options.seed} {number}")
             log_path = archive.with_suffix(".log")
-            starts, kills = torment(command(archive, *on_ray), log_path, left, victims, random)
+            starts, kills = torment(command(archive, *on_ray), log_path, left, waiting, random)
             record.add(
                 Case(
                     trial=trial,

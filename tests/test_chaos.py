@@ -35,6 +35,7 @@ def test_kills_at_failpoints_once_and_twice_lose_nothing(tmp_path):
 @pytest.mark.ray
 def test_five_kills_of_driver_actor_worker_and_raylet_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(chaos, "PAUSE_S", (0.0, 2.0))
+    monkeypatch.setattr(chaos, "RAYLET_PATIENCE_S", 5.0)
     report = tmp_path / "report.json"
     arguments = ["--kills", "5", "--images", "100", "--seed", "11", "--json", str(report)]
     assert chaos.main(arguments) == 0

@@ -14,6 +14,9 @@ from typing import Any
 # No usage reports, and a cluster that only its owner can talk to.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+# A local Ray lets its driver in when as many workers have started as there are CPUs; if one of them
+# is killed on the way, never. Without them it starts sooner, and what is needed later.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 import ray
 
