@@ -83,7 +83,8 @@ def parse_where(text: str) -> Where:
     """Parse a filter expression.
 
     Operators: ``and or not``, ``== != < <= > >=`` (chained too), ``in`` and ``not in`` a list of
-    constants, ``'tag' in tags``, ``'part' in source_uri``, ``is None`` and ``is not None``.
+    constants, ``'tag' in tags``, ``'part' in source_uri``, ``is None`` and ``is not None``. ``True``
+    alone is every row.
     Operands: column names, strings, numbers, ``True``, ``False``, and ``metadata.field`` or
     ``metadata['field']``, nested.
 
@@ -148,6 +149,10 @@ class _Parser:
                 for left, op, right in zip(sides, node.ops, sides[1:], strict=False)
             ]
             return lambda table: reduce(np.logical_and, (test(table) for test in tests))
+        if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+            everyone = node.value
+            self.columns.add("status")  # a table of no columns does not know how many rows it has
+            return lambda table: np.full(table.num_rows, everyone)
         raise self.refuse(node, "is no condition; write a comparison")
 
     def comparison(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> _Test:

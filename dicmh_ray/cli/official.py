@@ -146,8 +146,7 @@ def run_export_official(
             raise WeightsError(codec.codec_id[:16], "it has no official streams")
         output.mkdir(parents=True, exist_ok=True)
         names = FileNames()
-        is_all = where is None or where.strip() in ("True", "true")
-        for image in opened.views(None if is_all else where):
+        for image in opened.views(where):
             try:
                 data = codec.export_official(image.bitstream())
             except (BitstreamError, EncodeError, SourceImageError, TagsError) as exc:

@@ -267,13 +267,12 @@ def _selected(
             failures.append(str(exc))
     if where is None and sample is None:
         return
-    condition = None if where is None or where.strip() in ("True", "true") else where
     named = set(keys)
     if sample is not None:
-        chosen = archive.reader.sample(sample, seed=seed, where=condition)
+        chosen = archive.reader.sample(sample, seed=seed, where=where)
         yield from archive.get_many(key for key in chosen if key not in named)
         return
-    for view in archive.iter(condition, on_error=on_error):
+    for view in archive.iter(where, on_error=on_error):
         if view.key not in named:
             yield view
 

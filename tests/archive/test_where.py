@@ -60,6 +60,9 @@ TABLE = to_table([DOG, CAT, KEPT, FAILED])
         ("metadata.flag == True", "k"),
         ("metadata.labels > 3", ""),
         ("source_offset == 512 and num_states == 3", "dc"),
+        ("True", "dckf"),
+        ("False", ""),
+        ("True and width >= 640", "c"),
     ],
 )
 def test_matches(text, matches):
@@ -69,7 +72,7 @@ def test_matches(text, matches):
 
 
 def test_an_empty_table_matches_nothing():
-    for text in ("'dog' in tags", "width > 3", "metadata.cls == 3", "error is None"):
+    for text in ("'dog' in tags", "width > 3", "metadata.cls == 3", "error is None", "True"):
         assert parse_where(text).test(TABLE.slice(0, 0)).tolist() == []
 
 
@@ -90,7 +93,7 @@ def test_a_filter_survives_pickle():
 @pytest.mark.parametrize(
     "text",
     [
-        "", "width", "3", "True", "width >", "nonsense == 3", "base == 'x'", "exif is None",
+        "", "width", "3", "None", "true", "width >", "nonsense == 3", "base == 'x'", "exif is None",
         "tags == 'dog'", "3 in tags", "width in 3", "tags in ('a',)", "width == 'x'",
         "key == 3", "key == True", "width == None", "width is 3", "metadata == 3", "metadata is None",
         "key.x == 3", "metadata[0] == 3", "metadata.x() == 3", "__import__('os') == 3",
