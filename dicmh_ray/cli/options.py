@@ -1,5 +1,6 @@
 """Arguments and options that several commands take."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,14 @@ RATE, SOURCE, TAGS = "Rate, quality, originals", "Source and store", "Tags"
 WHERE, RAY, AGAIN = "Where it runs", "On Ray", "Resume, append, give up"
 WATCH, DRY = "Watch and report", "Dry run"
 """Headings of options, in the help of commands that have so many that they need some."""
+
+
+class Runtime(StrEnum):
+    """Where units run."""
+
+    RAY = "ray"
+    LOCAL = "local"
+
 
 ArchiveArgument = Annotated[str, typer.Argument(metavar="ARCHIVE", help="Its folder or URL.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=WATCH)]
@@ -49,4 +58,9 @@ PromptOption = Annotated[
         help="Sentence with {} for the word. Repeatable: averaged.",
         rich_help_panel=TAGS,
     ),
+]
+
+VersionOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="An older version; `dicmh history` lists them."),
 ]

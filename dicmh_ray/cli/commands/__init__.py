@@ -1,6 +1,18 @@
-"""The commands, in the order in which ``dicmh --help`` lists them."""
+"""The commands, in the order in which ``dicmh --help`` lists them.
 
-from dicmh_ray.cli.commands import archives  # isort: skip
+Each imports its body when it is called: the help must not wait for it.
+"""
+
+from dicmh_ray.cli.commands import compressing, archives, reading  # isort: skip
 from dicmh_ray.cli.commands import analysis, training, weights, measuring, kubernetes  # isort: skip
 
-__all__ = ["analysis", "archives", "kubernetes", "measuring", "training", "weights"]
+__all__ = [
+    "analysis",
+    "archives",
+    "compressing",
+    "kubernetes",
+    "measuring",
+    "reading",
+    "training",
+    "weights",
+]

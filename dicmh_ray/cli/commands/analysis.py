@@ -1,7 +1,4 @@
-"""Commands that let machines read archives.
-
-Each imports its body when it is called: the help must not wait for it.
-"""
+"""Commands that let machines read archives."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -9,15 +6,14 @@ from typing import Annotated
 
 import typer
 
-from dicmh_ray.cli.options import ArchiveArgument, DeviceOption, JsonOption, StorageOption
+from dicmh_ray.cli.options import (
+    ArchiveArgument,
+    DeviceOption,
+    JsonOption,
+    Runtime,
+    StorageOption,
+)
 from dicmh_ray.cli.program import app
-
-
-class AnalysisRuntime(StrEnum):
-    """Where units are looked at."""
-
-    RAY = "ray"
-    LOCAL = "local"
 
 
 class PictureView(StrEnum):
@@ -66,8 +62,8 @@ def analyze(
         float | None, typer.Option(min=0, max=1, help="Least cosine of near duplicates.")
     ] = None,
     runtime: Annotated[
-        AnalysisRuntime, typer.Option(help="Actors on a Ray cluster, or this process.")
-    ] = AnalysisRuntime.LOCAL,
+        Runtime, typer.Option(help="Actors on a Ray cluster, or this process.")
+    ] = Runtime.LOCAL,
     ray_address: Annotated[
         str | None, typer.Option(help="Ray: a running cluster, e.g. `auto`.")
     ] = None,

@@ -1,7 +1,4 @@
-"""Commands for Kubernetes.
-
-Each imports its body when it is called: the help must not wait for it.
-"""
+"""Commands for Kubernetes."""
 
 from enum import StrEnum
 from pathlib import Path

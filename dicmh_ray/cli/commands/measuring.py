@@ -1,7 +1,4 @@
-"""Commands that measure the codec, and the one that tells versions.
-
-Each imports its body when it is called: the help must not wait for it.
-"""
+"""Commands that measure the codec, and the one that tells versions."""
 
 from enum import StrEnum
 from pathlib import Path

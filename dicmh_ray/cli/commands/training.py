@@ -1,7 +1,4 @@
-"""Commands that train codecs and taggers, and the one that tags pictures.
-
-Each imports its body when it is called: the help must not wait for it.
-"""
+"""Commands that train codecs and taggers, and the one that tags pictures."""
 
 from pathlib import Path
 from typing import Annotated

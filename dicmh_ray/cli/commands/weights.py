@@ -1,7 +1,4 @@
-"""Commands that exchange weights and streams with the original Diff-ICMH.
-
-Each imports its body when it is called: the help must not wait for it.
-"""
+"""Commands that exchange weights and streams with the original Diff-ICMH."""
 
 from pathlib import Path
 from typing import Annotated
