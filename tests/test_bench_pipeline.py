@@ -41,7 +41,30 @@ def test_the_bare_loop_and_a_shard_of_the_pool_encode_the_whole_collection(tmp_p
     units = bench_pipeline.plan_units(sources, options=bench_pipeline.OPTIONS)
     counts = [bench_pipeline.write_shard((unit, policy, str(tmp_path))) for unit in units]
     assert counts == [3, 2]
+    assert bench_pipeline.encode_share((units, policy)) == 5
     assert len(list(tmp_path.glob("*.parquet"))) == 2
+
+
+def test_ratios_are_of_the_bare_loops_of_the_same_round_and_workers():
+    def way(name, workers, cpu_seconds):
+        return bench_pipeline.Way(
+            name=name,
+            workers=workers,
+            images=12,
+            cpu_seconds=cpu_seconds,
+            wall_seconds=cpu_seconds / workers,
+            startup_seconds=0.0,
+            worker_bytes=1,
+        )
+
+    rounds = [
+        [way("bare loop", 1, 1.0), way("bare loops", 2, 2.0), way("dicmh", 2, 4.0)],
+        [way("bare loop", 1, 1.0), way("bare loops", 2, 4.0), way("dicmh", 2, 5.0)],
+    ]
+    alone, loops, ours = bench_pipeline.compared(rounds)
+    assert alone.ratios("per_cpu_second") == loops.ratios("per_cpu_second") == [1.0, 1.0]
+    assert ours.ratios("per_cpu_second") == pytest.approx([0.5, 0.8])
+    assert "0.65 (0.50-0.80)" in ours.line()
 
 
 def test_processor_time_counts_ended_processes_and_leaves_out_their_start(monkeypatch):
