@@ -7,7 +7,7 @@ and a test compares the two. A column may be renamed in a later version; its fie
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -171,6 +171,25 @@ _LISTS = tuple(column.name for column in COLUMNS if pa.types.is_list(column.type
 _NULL, _PRESENT = b"\x00", b"\x01"
 
 
+def _sized(value: bytes) -> bytes:
+    return struct.pack("<I", len(value)) + value
+
+
+def _canonical_writer(kind: pa.DataType) -> Callable[[Any], bytes]:
+    """What writes a value of a column, once and for all rows."""
+    if pa.types.is_list(kind):
+        write_item = _canonical_writer(kind.value_type)
+        return lambda value: struct.pack("<I", len(value)) + b"".join(map(write_item, value))
+    if pa.types.is_string(kind):
+        return lambda value: _sized(value.encode())
+    if pa.types.is_binary(kind):
+        return lambda value: _sized(bytes(value))
+    return struct.Struct("<f" if pa.types.is_float32(kind) else "<q").pack
+
+
+_CANONICAL = [(c.name, _canonical_writer(c.type)) for c in COLUMNS if c.name != "crc32c"]
+
+
 def canonical_row(row: EncodedImage) -> bytes:
     """The bytes ``crc32c`` covers; ``schemas/archive.v1.md`` specifies them.
 
@@ -179,19 +198,12 @@ def canonical_row(row: EncodedImage) -> bytes:
     elements. All little-endian.
     """
     parts: list[bytes] = []
-    for column in COLUMNS:
-        if column.name == "crc32c":
-            continue
-        value = getattr(row, column.name)
+    for name, write in _CANONICAL:
+        value = getattr(row, name)
         if value is None:
             parts.append(_NULL)
-            continue
-        parts.append(_PRESENT)
-        if pa.types.is_list(column.type):
-            parts.append(struct.pack("<I", len(value)))
-            parts.extend(_canonical_value(column.type.value_type, item) for item in value)
         else:
-            parts.append(_canonical_value(column.type, value))
+            parts += _PRESENT, write(value)
     return b"".join(parts)
 
 
@@ -249,14 +261,3 @@ def from_batch(batch: pa.RecordBatch | pa.Table) -> Iterable[EncodedImage]:
             if name in row:
                 row[name] = tuple(row[name])
         yield EncodedImage(**row)
-
-
-def _canonical_value(kind: pa.DataType, value: Any) -> bytes:
-    if pa.types.is_string(kind):
-        value = value.encode()
-        return struct.pack("<I", len(value)) + bytes(value)
-    if pa.types.is_binary(kind):
-        return struct.pack("<I", len(value)) + bytes(value)
-    if pa.types.is_float32(kind):
-        return struct.pack("<f", value)
-    return struct.pack("<q", value)

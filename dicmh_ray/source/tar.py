@@ -129,8 +129,9 @@ def _has_right_checksum(header: bytes) -> bool:
         return False
     stated = int(field, 8)
     rest = header[:148] + b" " * 8 + header[156:]
+    found = sum(rest)
     # Some old writers summed signed characters.
-    return stated in (sum(rest), sum(rest) - 256 * sum(byte > 127 for byte in rest))
+    return stated == found or stated == found - 256 * sum(byte > 127 for byte in rest)
 
 
 def _number(stream: TarBytes, header: bytes, start: int, length: int, offset: int) -> int:
