@@ -1,6 +1,7 @@
 """The names users import: complete, sorted, and free of charge until they are used."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import dicmh_ray
+from dicmh_ray.errors import MissingExtraError
 
+NEED_RAY = {"Decode", "read_archive", "write_archive"}
 HEAVY = {"compressai", "diffusers", "matplotlib", "pyarrow", "ray", "torch"}
 
 
@@ -17,9 +20,13 @@ def test_all_is_sorted_and_has_no_name_twice():
 
 
 @pytest.mark.parametrize("name", dicmh_ray.__all__)
-def test_every_public_name_can_be_imported(name):
-    assert getattr(dicmh_ray, name) is not None
+def test_every_public_name_can_be_imported_or_says_what_it_needs(name):
     assert name in dir(dicmh_ray)
+    if name in NEED_RAY and importlib.util.find_spec("ray") is None:
+        with pytest.raises(MissingExtraError, match=r"pip install 'dicmh_ray\[ray\]'"):
+            getattr(dicmh_ray, name)
+    else:
+        assert getattr(dicmh_ray, name) is not None
 
 
 def test_type_checkers_and_the_interpreter_find_each_name_in_the_same_place():
