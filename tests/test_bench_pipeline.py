@@ -1,29 +1,29 @@
 """The benchmark's own parts: its codec is one, its plain writers write every row."""
 
+import itertools
 import json
 import os
+import time
 
-import numpy as np
 import pytest
 
 pytest.importorskip("ray")
 
 from dicmh_ray import EncodePolicy
+from dicmh_ray.bench import process_watch
 from jobs import bench_pipeline
 from tests.small_collections import picture
 
 
-def test_the_light_codec_is_exact_with_both_states_and_coarse_with_one():
-    codec = bench_pipeline.ZlibCodec()
+def test_the_light_codec_is_better_with_both_states_than_with_one():
+    codec = bench_pipeline.WebpCodec()
     image = picture(3, height=40, width=50)
-    (stream,) = codec.encode([image], tags=[()], exif_orientations=[1])
-    (exact,) = codec.decode([stream])
-    assert np.array_equal(exact, image)
-    half = bench_pipeline.parse_bitstream(stream)
-    assert len(half.states) == 2
-    (coarse,) = codec.decode([stream], states=1)
-    assert 0 < np.abs(coarse.astype(int) - image).max() <= 8
-    assert codec.measure([image], [exact])[0].psnr == 100.0
+    (stream,) = codec.encode([image], tags=[("a",)], exif_orientations=[1])
+    assert len(bench_pipeline.parse_bitstream(stream).states) == 2
+    (fine,), (coarse,) = codec.decode([stream]), codec.decode([stream], states=1)
+    assert fine.shape == coarse.shape == image.shape
+    better, worse = codec.measure([image, image], [fine, coarse])
+    assert better.psnr > worse.psnr > 15
 
 
 def test_the_bare_loop_and_a_shard_of_the_pool_encode_the_whole_collection(tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_the_bare_loop_and_a_shard_of_the_pool_encode_the_whole_collection(tmp_p
     assert len(sources) == 2
     notes = tmp_path / "notes"
     notes.mkdir()
-    codec = bench_pipeline.NotedCodec("zlib", str(notes))
+    codec = bench_pipeline.NotedCodec("webp", str(notes))
     policy = EncodePolicy(states=2)
     ways = bench_pipeline.Ways(sources=sources, policy=policy)
     assert ways.bare_loop(codec, tmp_path) == 5
@@ -45,33 +45,62 @@ def test_the_bare_loop_and_a_shard_of_the_pool_encode_the_whole_collection(tmp_p
     assert len(list(tmp_path.glob("*.parquet"))) == 2
 
 
-def test_ratios_are_of_the_bare_loops_of_the_same_round_and_workers():
-    def way(name, workers, cpu_seconds):
+def test_ratios_are_to_the_loop_beside_in_processor_time_and_to_loops_of_the_round_by_the_clock():
+    def way(name, cpu_seconds, wall_seconds, beside):
         return bench_pipeline.Way(
             name=name,
-            workers=workers,
+            workers=2,
             images=12,
             cpu_seconds=cpu_seconds,
-            wall_seconds=cpu_seconds / workers,
+            started_at=100.0,
+            wall_seconds=wall_seconds,
             startup_seconds=0.0,
             worker_bytes=1,
+            loop_per_cpu_second=beside,
         )
 
     rounds = [
-        [way("bare loop", 1, 1.0), way("bare loops", 2, 2.0), way("dicmh", 2, 4.0)],
-        [way("bare loop", 1, 1.0), way("bare loops", 2, 4.0), way("dicmh", 2, 5.0)],
+        [way("bare loops", 2.0, 1.0, 6.0), way("dicmh", 4.0, 2.0, 6.0)],
+        [way("bare loops", 2.0, 2.0, 6.0), way("dicmh", 5.0, 2.5, 3.0)],
     ]
-    alone, loops, ours = bench_pipeline.compared(rounds)
-    assert alone.ratios("per_cpu_second") == loops.ratios("per_cpu_second") == [1.0, 1.0]
-    assert ours.ratios("per_cpu_second") == pytest.approx([0.5, 0.8])
-    assert "0.65 (0.50-0.80)" in ours.line()
+    loops, ours = bench_pipeline.compared(rounds)
+    assert loops.wall_ratios == [1.0, 1.0]
+    assert ours.cpu_ratios == pytest.approx([0.5, 0.8])
+    assert ours.wall_ratios == pytest.approx([0.5, 0.8])
+    assert ours.line().count("0.65 (0.50-0.80)") == 2
+
+
+def test_the_loop_beside_counts_what_it_began_and_ended_meanwhile():
+    samples = [
+        bench_pipeline.Sample(started_at=at, ended_at=at + 1, images=4, cpu_seconds=cpu)
+        for at, cpu in ((0.5, 9.0), (2.0, 0.5), (4.0, 1.5), (5.5, 9.0))
+    ]
+    assert bench_pipeline.rate_between(samples, 1.0, 6.0) == pytest.approx(8 / 2.0)
+    with pytest.raises(RuntimeError, match="came to nothing"):
+        bench_pipeline.rate_between(samples, 2.5, 3.5)
+
+
+def test_the_loop_beside_goes_over_its_tars_until_it_is_told_to_stop(tmp_path):
+    sources = bench_pipeline.make_collection(tmp_path, images=5, per_tar=3, side=64)
+    units = bench_pipeline.plan_units(sources, options=bench_pipeline.OPTIONS)
+    loop = bench_pipeline.LoopBeside(units, EncodePolicy(states=2), "webp")
+    assert loop.pid not in (0, os.getpid())
+    time.sleep(1)
+    samples = loop.end()
+    assert samples
+    assert {one.images for one in samples} == {bench_pipeline.SAMPLE_IMAGES}
+    pauses = [b.started_at - a.ended_at for a, b in itertools.pairwise(samples)]
+    assert all(
+        pause >= bench_pipeline.PAUSE * (one.ended_at - one.started_at) * 0.9
+        for pause, one in zip(pauses, samples, strict=False)
+    )
 
 
 def test_processor_time_counts_ended_processes_and_leaves_out_their_start(monkeypatch):
-    seen = iter([{1: 5.0, os.getpid(): 1.0}, {1: 6.0, 2: 9.0, os.getpid(): 4.0}])
-    monkeypatch.setattr(bench_pipeline, "cpu_of_family", lambda: next(seen, {os.getpid(): 4.0}))
-    watch = bench_pipeline.Watch()
-    watch._last |= bench_pipeline.cpu_of_family()
+    seen = iter([{1: 5.0, os.getpid(): 1.0}, {1: 6.0, 2: 9.0, 3: 8.0, os.getpid(): 4.0}])
+    monkeypatch.setattr(process_watch, "cpu_of_family", lambda: next(seen, {os.getpid(): 4.0}))
+    watch = process_watch.Watch(ignored=[3])
+    watch._last |= process_watch.cpu_of_family()
     watch.end()
-    # 1 s of process 1, 9 - 7 of process 2, 3 - 0.5 of this one.
-    assert watch.cpu_seconds({2: 7.0, os.getpid(): 0.5}) == pytest.approx(1 + 2 + 2.5)
+    # 1 s of process 1, 9 - 7 of process 2, 3 - 0.5 of this one, less what looking took.
+    assert watch.cpu_seconds({2: 7.0, os.getpid(): 0.5}) == pytest.approx(1 + 2 + 2.5, abs=0.1)

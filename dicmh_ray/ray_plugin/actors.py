@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+import pyarrow as pa
+
 from dicmh_ray.codec import ImageCodec, ImageTagger
 from dicmh_ray.errors import JobStoppedError
 from dicmh_ray.pipeline import Job, UnitResult, encode_images
@@ -71,6 +73,8 @@ class UnitWorker:
         self._notice = StopNotice(grace_s=grace_s)
         self._notice.listen()
         started = time.perf_counter()
+        # pyarrow imports pandas, where there is one, to make its first array: not in the first unit.
+        pa.array([])
         self._models()
         return WorkerFacts(
             host=socket.gethostname(),
