@@ -22,11 +22,14 @@ from dicmh_ray.pipeline import (
     Checkpoint,
     EncodeOptions,
     EncodePolicy,
+    Job,
     JobMonitor,
     compress_local,
     encode_images,
     plan_job,
+    units_queue,
 )
+from dicmh_ray.pipeline import job as job_module
 from dicmh_ray.ray_plugin import compress
 from dicmh_ray.reader import ArchiveReader
 from dicmh_ray.source import SourceImage
@@ -406,3 +409,35 @@ def test_a_worker_with_another_checkpoint_than_the_plans_refuses(tmp_path):
 def test_source_errors_without_a_kind_keep_their_words():
     (row,) = encode([source("a", b"", error=SourceImageError("damaged-source: cut off"))])
     assert row.error == "damaged-source: cut off"
+
+
+def test_two_drivers_in_step_part_as_soon_as_one_finds_a_unit_done(tmp_path, monkeypatch):
+    sources, archive = write_tars(tmp_path, tars=9, images=1), str(tmp_path / "a")
+    job, units, report = plan_job(sources, archive, codec=FakeCodec)
+    theirs, their_units, _ = plan_job(sources, archive, codec=FakeCodec)
+    monkeypatch.setattr(units_queue.random, "shuffle", lambda units: units.reverse())
+    begun = []
+
+    def the_other_driver_is_faster(row):
+        """It takes the same units, in the plan's order, one for each of ours."""
+        begun.append(row.key)
+        missing = theirs.writer.committed_units()
+        left = [unit for unit in their_units if unit.name not in missing]
+        if left:
+            with monkeypatch.context() as elsewhere:
+                elsewhere.setattr(job_module.socket, "gethostname", lambda: "elsewhere")
+                theirs.run_unit(left[0], FakeCodec())
+
+    run_unit = Job.run_unit
+    monkeypatch.setattr(
+        Job,
+        "run_unit",
+        lambda self, *args, on_row=None, **options: run_unit(
+            self, *args, on_row=on_row and the_other_driver_is_faster, **options
+        ),
+    )
+    done = compress_local(job, units, JobMonitor(report, failure_budget=0.1))
+    assert (done.units_done, done.tally.images) == (9, 9)
+    # The first one in vain; then from the end, until both meet.
+    assert len(begun) == 5
+    assert sorted(rows_of(archive)) == [f"shard-{n:03d}/{n:03d}-0000" for n in range(9)]

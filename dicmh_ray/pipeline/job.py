@@ -124,6 +124,7 @@ class Job:
             seconds=time.perf_counter() - started,
             cpu_seconds=time.process_time() - cpu_started,
             worker=worker,
+            by_another=commit.info.get("worker") != worker,
         )
 
     def rows(
@@ -365,4 +366,6 @@ def compress_local(
                     queue.put(unit, delay_s=monitor.retry_delay_s(unit))
             else:
                 monitor.done(unit, result)
+                if result.by_another:
+                    queue.mix()
     return monitor.finish(job)

@@ -99,6 +99,9 @@ class UnitResult:
     worker: str
     """``host:pid``"""
 
+    by_another: bool = False
+    """The commit is another worker's: of another driver, or of one that did not live to say so."""
+
 
 @dataclass(kw_only=True, slots=True)
 class JobReport:

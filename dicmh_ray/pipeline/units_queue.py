@@ -22,12 +22,17 @@ def retry_delay_s(attempt: int, rng: random.Random) -> float:
 
 
 class UnitsQueue:
-    """First in, first out, but for units that were put back: those wait for their time."""
+    """First in, first out, but for units that were put back: those wait for their time.
+
+    Two drivers on one archive would take the same units at the same time, each for nothing every
+    other time, all the way. The first that finds a unit done by another one calls :meth:`mix`.
+    """
 
     def __init__(self, units: Iterable[Unit] = ()) -> None:
         self._ready: deque[Unit] = deque(units)
         self._later: list[tuple[float, int, Unit]] = []
         self._count = 0
+        self._is_mixed = False
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._later)
@@ -49,6 +54,14 @@ class UnitsQueue:
         if self._later and self._later[0][0] <= time.monotonic():
             return heapq.heappop(self._later)[2]
         return self._ready.popleft() if self._ready else None
+
+    def mix(self) -> None:
+        """From now on, another order than that of any other driver. Again: no change."""
+        if not self._is_mixed:
+            self._is_mixed = True
+            units = list(self._ready)
+            random.shuffle(units)
+            self._ready = deque(units)
 
     def wait_s(self) -> float:
         """Seconds until :meth:`take` gives a unit; 0 when it would now, or when none is left."""

@@ -311,6 +311,8 @@ class WorkerPool:
         else:
             del slot.calls[position]
             self._monitor.done(unit, result)
+            if result.by_another:
+                self._queue.mix()
         if slot.is_leaving and not slot.calls and slot in self._slots:
             self._let_go(slot)
 

@@ -210,3 +210,15 @@ def test_units_that_were_put_back_wait_while_others_go_first(monkeypatch):
     now = 105.0
     assert [queue.take(), queue.take(), queue.take()] == ["a", "c", None]
     assert math.isclose(queue.wait_s(), 0)
+
+
+def test_a_mixed_queue_keeps_every_unit_and_is_mixed_once():
+    units = [str(n) for n in range(50)]
+    queue = UnitsQueue(units)
+    assert [queue.take(), queue.take()] == ["0", "1"]
+    queue.mix()
+    taken = [queue.take() for _ in range(24)]
+    queue.mix()
+    order = taken + [queue.take() for _ in range(24)]
+    assert sorted(order, key=int) == units[2:]
+    assert order != units[2:]
