@@ -243,8 +243,8 @@ class LoopBeside:
         self._line = ours
         self._process = context.Process(target=sample_speed, args=(theirs, units, policy, codec))
         self._process.start()
-        if self._line.recv() != "ready":
-            raise RuntimeError("the loop beside did not start")
+        theirs.close()  # so that waiting ends with the process
+        self._line.recv()
 
     @property
     def pid(self) -> int:
@@ -253,7 +253,7 @@ class LoopBeside:
 
     def end(self) -> list[Sample]:
         """Stop, after the pictures that it is at."""
-        self._line.send("stop")
+        self._line.send(None)
         samples: list[Sample] = self._line.recv()
         self._process.join()
         return samples
@@ -263,7 +263,7 @@ def sample_speed(line: Connection, units: Sequence[Unit], policy: EncodePolicy, 
     """The process of :class:`LoopBeside`."""
     _loaded.append(make_codec(codec))
     encode_share((units[:1], policy))  # what is imported and allocated by the first pictures
-    line.send("ready")
+    line.send(None)  # ready
     samples: list[Sample] = []
     images = images_of(itertools.cycle(units))
     options = EncodeOptions(load_threads=0)
