@@ -278,7 +278,7 @@ def sample_speed(line: Connection, units: Sequence[Unit], policy: EncodePolicy, 
 
 
 Run = Callable[[NotedCodec, Path], int]
-"""Encodes a whole collection into a folder; how many pictures that were."""
+"""Encodes a whole collection into a folder; how many pictures it encoded."""
 
 
 def measured(
@@ -335,7 +335,7 @@ class Ways:
         options = EncodeOptions(load_threads=0)
         units = plan_units(self.sources, options=OPTIONS)
         rows = encode_images(images_of(units), made, self.policy, options=options)
-        return sum(1 for _ in rows)
+        return sum(row.status == "ok" for row in rows)
 
     def bare_loops(self, workers: int) -> Run:
         """As many bare loops at once, each over its share of the tars."""
@@ -354,7 +354,7 @@ class Ways:
 
         def run(codec: NotedCodec, output: Path) -> int:
             report = self.report(codec, output, workers)
-            return report.tally.images
+            return report.tally.ok
 
         return run
 
@@ -387,7 +387,7 @@ class Ways:
 
         def run(codec: NotedCodec, output: Path) -> int:
             ray.data.DataContext.get_current().enable_progress_bars = False
-            images = ray.data.read_webdataset(list(self.sources), decoder=False)
+            images = ray.data.read_webdataset(list(self.sources), decoder=None)
             # Half a core claimed: with a whole one each, reading would find no core, and wait.
             rows = images.map_batches(
                 BatchEncoder,
@@ -398,7 +398,7 @@ class Ways:
             )
             rows.write_parquet(str(output / "rows"))
             files = (output / "rows").glob("*.parquet")
-            return sum(pq.read_metadata(path).num_rows for path in files)
+            return sum(pq.read_table(path)["status"].to_pylist().count("ok") for path in files)
 
         return run
 
@@ -436,7 +436,8 @@ def encode_share(share: tuple[Sequence[Unit], EncodePolicy]) -> int:
     """A bare loop over some shards, in a process of the pool."""
     units, policy = share
     options = EncodeOptions(load_threads=0)
-    return sum(1 for _ in encode_images(images_of(units), _loaded[0], policy, options=options))
+    rows = encode_images(images_of(units), _loaded[0], policy, options=options)
+    return sum(row.status == "ok" for row in rows)
 
 
 def write_shard(task: tuple[Unit, EncodePolicy, str]) -> int:
@@ -451,7 +452,7 @@ def write_shard(task: tuple[Unit, EncodePolicy, str]) -> int:
     pq.write_table(pa.Table.from_pylist(rows), f"{output}/{unit.name}.parquet")
     facts = {"count": len(rows), "seconds": time.perf_counter() - started}
     Path(output, f"{unit.name}_stats.json").write_text(json.dumps(facts))
-    return len(rows)
+    return sum(row["status"] == "ok" for row in rows)
 
 
 def make_collection(folder: Path, *, images: int, per_tar: int, side: int) -> list[str]:
@@ -564,6 +565,9 @@ def run_all(ways: Ways, codec: str, workers: int) -> list[Way]:
             for count in sorted({1, workers})
         ]
         found.append(one(f"Ray Data, {workers} actors", workers, ways.ray_data(workers)))
+    counts = {way.name: way.images for way in found}
+    if len(set(counts.values())) > 1:
+        raise RuntimeError(f"these are not the same work: pictures encoded by {counts}")
     return found
 
 
