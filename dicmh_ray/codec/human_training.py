@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -194,7 +195,7 @@ class HumanTrainer:
         rng = np.random.default_rng([options.seed, self.step])
         torch.manual_seed(options.seed + self.step)
         started = last_save = time.monotonic()
-        sums: dict[str, float] = {}
+        since_report: dict[str, list[float]] = {}
         self.restorer.train()
         while (done := (time.monotonic() - started) / 60 / options.minutes) < 1:
             rise = min(1.0, (self.step + 1) / 100)
@@ -210,10 +211,10 @@ class HumanTrainer:
                 self.average.update(self.restorer, self.step)
             self.step += 1
             for name, (_, value) in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+                since_report.setdefault(name, []).append(float(value.detach()))
             if self.step % 50 == 0:
-                self._report(sums, time.monotonic() - started, report)
-                sums = {}
+                self._report(since_report, time.monotonic() - started, report)
+                since_report = {}
             if time.monotonic() - last_save > options.save_seconds:
                 self.save()
                 last_save = time.monotonic()
@@ -276,12 +277,12 @@ class HumanTrainer:
 
     def _report(
         self,
-        sums: dict[str, float],
+        values: dict[str, list[float]],
         seconds: float,
         report: Report | None,
     ) -> None:
         line = {"step": self.step, "seconds": round(seconds, 1)}
-        line |= {name: round(value / 50, 4) for name, value in sums.items()}
+        line |= {name: round(fmean(found), 4) for name, found in values.items()}
         self.folder.log(line, report)
 
     def save(self) -> None:

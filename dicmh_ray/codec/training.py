@@ -80,7 +80,7 @@ class TrainOptions:
     finest_lambda: float = 0.036
     """Weight of the mean squared error (8-bit units) of the last state against bits per pixel."""
 
-    structure: float = 0.6
+    structure: float = 0.7
     """Share of the distortion that is ``1 - MS-SSIM``; 0 with crops below 176 pixels."""
 
     semantics: float = 0.2
@@ -89,7 +89,7 @@ class TrainOptions:
     faithful_states: int = 1
     """Last states, by whose PSNR archives keep pictures: less structure, no semantics."""
 
-    faithful_structure: float = 0.4
+    faithful_structure: float = 0.5
     """Share of ``1 - MS-SSIM`` there."""
 
     lambda_ratio: float = 5.3
