@@ -58,7 +58,8 @@ def test_a_job_on_ray_writes_the_rows_that_a_loop_writes(cluster, tars, undistur
     )
     assert rows_of(tmp_path / "archive") == undisturbed
     assert (report.units_done, report.tally.images, report.manifest) == (3, 18, 1)
-    assert (report.runtime, report.workers) == ("ray", 2)
+    assert report.runtime == "ray"
+    assert 1 <= report.workers <= 2, "the first may have done everything before the second is there"
     assert shown[-1] == 3
     assert report.cpu_seconds > 0
     assert on_ray(tars, tmp_path / "archive").units_done == 0
