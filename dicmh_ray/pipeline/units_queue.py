@@ -24,8 +24,8 @@ def retry_delay_s(attempt: int, rng: random.Random) -> float:
 class UnitsQueue:
     """First in, first out, but for units that were put back: those wait for their time.
 
-    Two drivers on one archive would take the same units at the same time, each for nothing every
-    other time, all the way. The first that finds a unit done by another one calls :meth:`mix`.
+    Two drivers on one archive that keep the same order encode each unit at the same time, one of
+    them in vain. A driver that finds a unit done by another calls :meth:`mix`.
     """
 
     def __init__(self, units: Iterable[Unit] = ()) -> None:
