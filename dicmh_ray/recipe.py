@@ -54,7 +54,7 @@ PRESETS: Mapping[str, Preset] = {
         options=TrainOptions(),
         human=HumanOptions(),
         table_crops=1600,
-        table_steps=300,
+        table_steps=800,
     ),
     "tiny": Preset(
         network=NetworkConfig(

@@ -88,7 +88,7 @@ def export(
     *,
     provenance: dict[str, Any],
     crops: int = 800,
-    steps: int = 300,
+    steps: int = 600,
     report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Turn a trained network into a checkpoint directory.

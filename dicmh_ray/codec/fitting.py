@@ -7,9 +7,10 @@ integers; from there on only integers are counted. What comes out is frozen in t
 Shape suffixes: N tiles, C channels, i j the latent grid.
 """
 
-import itertools
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,48 +40,94 @@ SPREAD_ORIGIN = 6.0
 OFFSET_EDGES = (8, 32, 80)
 """Offsets of 1/16, 1/4 and 5/8 of a step separate the offset buckets."""
 
-NUM_SPREAD_BUCKETS = 20
+NUM_SPREAD_BUCKETS = 12
+
+LEVELS_A_CELL = 8
+"""Spread levels that are never parted by a bucket's edge."""
+
+WHITENING_FLOOR = 0.03
+"""Deviation added to that of every magnitude, so that rare ones get no wild weights."""
+
+WHITENING_BATCH = 32
+"""Tiles read at a time for the covariance of the magnitudes."""
+
+WHITENED_RATE = 3e-3
+"""Adam's peak rate for the weights of whitened magnitudes."""
+
+OTHER_RATE = 8e-3
+"""The same for everything else, of which each channel has little."""
+
+
+class _Whitening:
+    """Decorrelates the magnitudes that spreads are summed from: without it the fit crawls.
+
+    Neighbouring channels and states are large together, so the sums are ill conditioned. The
+    Cholesky factor is triangular: a whitened magnitude is made of itself and those before it alone,
+    which keeps to the order of coding.
+    """
+
+    def __init__(self, tiles: Sequence[Symbols], state: int, num_states: int, live: Tensor) -> None:
+        total = torch.zeros(3 * len(live), dtype=torch.float64)
+        product, count = torch.outer(total, total), 0
+        for start in range(0, len(tiles), WHITENING_BATCH):
+            levels = _levels(tiles[start : start + WHITENING_BATCH], state, num_states)
+            magnitudes = _magnitudes(*(level[:, live] for level in levels))
+            rows = magnitudes.permute(0, 2, 3, 1).flatten(0, 2).double()
+            total += rows.sum(0)
+            product += rows.T @ rows
+            count += len(rows)
+        mean = total / count
+        covariance = product / count - torch.outer(mean, mean)
+        self.mean = mean.float()
+        covariance += WHITENING_FLOOR**2 * torch.eye(len(mean))
+        self.factor = torch.linalg.cholesky(covariance)
+        """``[3 C, 3 C]``, float64, lower triangular: magnitudes = factor @ whitened + mean."""
+        self.inverse = torch.linalg.inv(self.factor).float()
 
 
 class _StateContext(nn.Module):
-    """Float twin of one state of :class:`ContextModel`."""
+    """Float twin of one state of :class:`ContextModel`, over the channels that live in it."""
 
-    def __init__(self, channels: int, groups: Sequence[int], state: int) -> None:
+    def __init__(self, groups: Sequence[int], state: int, live: Tensor, white: _Whitening) -> None:
         super().__init__()
-        self.state = state
-        eye = torch.eye(channels)
-        earlier = torch.zeros(channels, channels)
-        for first, last in itertools.pairwise(groups):
-            earlier[first:last, :first] = 1
-        self.earlier: Tensor
-        self.register_buffer("earlier", earlier)
-        self.bias = nn.Parameter(torch.full((channels,), -2.0))
-        self.parent = nn.Parameter(0.5 * eye)
-        self.around = nn.Parameter(0.05 * eye)
-        self.current = nn.Parameter(torch.zeros(channels, channels))
+        self.state, self.live, self.white = state, live, white
+        channels = len(live)
+        group = torch.bucketize(live, torch.tensor(groups[1:]), right=True)
+        earlier = (group[None, :] < group[:, None]).float()
+        self._allowed = torch.cat([torch.ones(channels, 2 * channels), earlier], 1)
+        eye = torch.eye(channels, dtype=torch.float64)
+        start = torch.cat([0.5 * eye, 0.05 * eye, 0 * eye], 1)
+        self.whitened = nn.Parameter((start @ white.factor).float())
+        self.level = nn.Parameter(torch.full((channels,), -2.0) + start.float() @ white.mean)
         self.sides = nn.Parameter(torch.full((channels,), 0.05))
         offset = torch.zeros(channels, 3)
         offset[:, 0] = 0.95 if state else 0.0
         self.offset = nn.Parameter(offset)
         self.offset_sides = nn.Parameter(torch.zeros(channels))
 
+    @property
+    def weights(self) -> Tensor:
+        """Of the magnitudes, ``[C, 3 C]``: of parents, of parents around, of earlier groups."""
+        return (self.whitened * self._allowed) @ self.white.inverse
+
+    def bias(self, weights: Tensor) -> Tensor:
+        """What is added to the weighted magnitudes, ``[C]``."""
+        return self.level - weights @ self.white.mean
+
     def forward(self, symbols_NCij: Tensor, parent_NCij: Tensor) -> Tensor:
         """Bits of the symbols of this state given their parents', ``[N, C, i, j]``."""
-        magnitude = parent_NCij.abs().clamp_max(MAX_MAGNITUDE)
         value = RATIO * parent_NCij.clamp(-(MAX_VALUE // 3), MAX_VALUE // 3)
         own = symbols_NCij.clamp(-MAX_VALUE, MAX_VALUE)
-        own_magnitude = symbols_NCij.abs().clamp_max(MAX_MAGNITUDE)
         rows, columns = symbols_NCij.shape[2:]
         second = ((torch.arange(rows)[:, None] + torch.arange(columns)[None, :]) % 2).to(
             symbols_NCij.dtype
         )
-        sides, corners = _sums(magnitude)
+        weights = self.weights
+        magnitudes = _magnitudes(symbols_NCij, parent_NCij)
+        beside = _sums(magnitudes[:, -len(self.live) :])[0]
         spread = (
-            _mix(self.parent, magnitude)
-            + _mix(self.around, 2 * sides + corners)
-            + _mix(self.current * self.earlier, own_magnitude)
-            + self.sides[:, None, None] * _sums(own_magnitude)[0] * second
-            + self.bias[:, None, None]
+            F.conv2d(magnitudes, weights[:, :, None, None], self.bias(weights))
+            + self.sides[:, None, None] * beside * second
         )
         sides, corners = _sums(value)
         mean = (
@@ -96,8 +143,11 @@ class _StateContext(nn.Module):
         return bits / math.log(2)
 
 
-def _mix(weights: Tensor, values: Tensor) -> Tensor:
-    return F.conv2d(values, weights[:, :, None, None])
+def _magnitudes(symbols_NCij: Tensor, parent_NCij: Tensor) -> Tensor:
+    """Of parents, of parents around (sides twice, corners once), of symbols: ``[N, 3 C, i, j]``."""
+    parent = parent_NCij.abs().clamp_max(MAX_MAGNITUDE)
+    sides, corners = _sums(parent)
+    return torch.cat([parent, 2 * sides + corners, symbols_NCij.abs().clamp_max(MAX_MAGNITUDE)], 1)
 
 
 def _sums(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +170,8 @@ def fit_tables(
     *,
     num_states: int,
     groups: Sequence[int],
-    steps: int = 300,
-    batch: int = 16,
+    steps: int = 600,
+    batch: int = 8,
     seed: int = 231,
     report: Callable[[str], None] | None = None,
 ) -> ContextTables:
@@ -139,28 +189,41 @@ def fit_tables(
     Returns:
         Validated tables.
     """
-    channels = tiles[0].shape[2]
     rng = np.random.default_rng(seed)
     fitted = []
     for state in range(num_states):
-        context = _StateContext(channels, groups, state)
-        optimiser = torch.optim.Adam(context.parameters(), lr=4e-3)
+        live = _live_channels(tiles, state, num_states)
+        context = _StateContext(groups, state, live, _Whitening(tiles, state, num_states, live))
+        others = [p for name, p in context.named_parameters() if name != "whitened"]
+        rates: list[dict[str, Any]] = [
+            {"params": [context.whitened], "lr": WHITENED_RATE},
+            {"params": others, "lr": OTHER_RATE},
+        ]
+        optimiser = torch.optim.Adam(rates, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         total = 0.0
-        for _ in range(steps):
+        for step in range(steps):
             chosen = rng.choice(len(tiles), size=min(batch, len(tiles)), replace=False)
-            symbols, parent = _levels([tiles[i] for i in chosen], state, num_states)
-            bits = context(symbols, parent)
-            loss = bits.mean()
+            levels = _levels([tiles[i] for i in chosen], state, num_states)
+            bits = context(*(level[:, live] for level in levels))
+            loss = bits.sum((1, 2, 3)).mean() / (tiles[0].shape[0] * tiles[0].shape[1])
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss / len(live)).backward()
             optimiser.step()
             schedule.step()
-            total = 0.95 * total + 0.05 * float(loss.detach())
+            total += max(0.05, 1 / (step + 1)) * (float(loss.detach()) - total)
         if report is not None:
-            report(f"state {state}: {total:.5f} bits per symbol under the fitted contexts")
+            report(f"state {state}: {total:.4f} bits per cell under the fitted contexts")
         fitted.append(context)
     return _freeze(fitted, tiles, num_states, groups, report)
+
+
+def _live_channels(tiles: Sequence[Symbols], state: int, num_states: int) -> Tensor:
+    """Channels that are not zero everywhere in a state, int64, ascending; at least one."""
+    live = np.zeros(tiles[0].shape[2], bool)
+    for tile in tiles:
+        live |= nested_symbols(tile, num_states)[state].any((0, 1))
+    return torch.from_numpy(live.nonzero()[0] if live.any() else np.zeros(1, np.int64))
 
 
 def _levels(tiles: Sequence[Symbols], state: int, num_states: int) -> tuple[Tensor, Tensor]:
@@ -180,47 +243,65 @@ def _freeze(
     groups: Sequence[int],
     report: Callable[[str], None] | None,
 ) -> ContextTables:
-    def stack(values: list[Tensor], unit: int) -> npt.NDArray[np.float32]:
-        integers = (torch.stack(values).detach() * unit).round().clamp(-32767, 32767)
-        return integers.float().numpy() + 0.0
-
-    buckets = np.zeros((num_states, SPREAD_LEVELS), np.uint8)
-    buckets[:, -1] = NUM_SPREAD_BUCKETS - 1
-    offset_tables = NUM_PARENT_CLASSES * (len(OFFSET_EDGES) + 1) * NUM_SPREAD_BUCKETS
-    uniform = [_distributions(np.ones((offset_tables, num_symbols(k)))) for k in range(num_states)]
+    channels = groups[-1]
+    integers = [_integers(context, channels) for context in fitted]
+    weights = {name: np.stack([state[name] for state in integers]) for name in integers[0]}
+    # Before the levels are divided, tables tell the classes of parent and offset alone.
+    undivided = np.zeros((num_states, SPREAD_LEVELS), np.uint8)
+    classes = NUM_PARENT_CLASSES * (len(OFFSET_EDGES) + 1)
+    uniform = [_distributions(np.ones((classes, num_symbols(k)))) for k in range(num_states)]
     tables = ContextTables(
-        spread_bias=stack([c.bias + SPREAD_ORIGIN for c in fitted], SPREAD_UNIT),
-        spread_parent=stack([c.parent for c in fitted], SPREAD_UNIT),
-        spread_around=stack([c.around for c in fitted], SPREAD_UNIT),
-        spread_current=stack([c.current * c.earlier for c in fitted], SPREAD_UNIT),
-        spread_sides=stack([c.sides for c in fitted], SPREAD_UNIT),
-        offset_parent=stack([c.offset for c in fitted], OFFSET_UNIT),
-        offset_sides=stack([c.offset_sides for c in fitted], OFFSET_UNIT),
+        **weights,
         groups=tuple(groups),
-        spread_buckets=buckets,
+        spread_buckets=undivided,
         offset_edges=OFFSET_EDGES,
         frequencies=tuple(uniform),
     )
-    frequencies = []
+    divided, frequencies = np.empty_like(undivided), []
     for state in range(num_states):
-        histogram = _spread_histogram(tables, tiles, state)
-        buckets[state] = _equal_buckets(histogram)
         counts = _count(tables, tiles, state)
+        buckets = best_buckets(counts, NUM_SPREAD_BUCKETS)
+        divided[state] = np.repeat(buckets, SPREAD_LEVELS // len(buckets))
+        starts = np.searchsorted(buckets, np.arange(NUM_SPREAD_BUCKETS))
+        counts = np.add.reduceat(counts, starts, 1).reshape(-1, num_symbols(state))
         frequencies.append(_distributions(counts))
         if report is not None:
             share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
             bits = -(counts * np.log2(np.maximum(share, 1e-12))).sum() / len(tiles)
             report(f"state {state}: {bits / tiles[0][..., 0].size:.4f} bits per cell in its tables")
-    frozen = ContextTables(
-        **{
-            name: getattr(tables, name)
-            for name in tables.__dataclass_fields__
-            if name != "frequencies"
-        },
-        frequencies=tuple(frequencies),
-    )
+    frozen = dataclasses.replace(tables, spread_buckets=divided, frequencies=tuple(frequencies))
     frozen.validate("fitted tables")
     return frozen
+
+
+def _integers(context: _StateContext, channels: int) -> dict[str, npt.NDArray[np.float32]]:
+    """The weights of a state in integers, for all channels. Those that do not live have table 0."""
+    live = context.live.numpy()
+    square = np.ix_(live, live)
+
+    def everywhere(
+        values: Tensor, unit: int, default: npt.NDArray[np.float32], where: Any = live
+    ) -> npt.NDArray[np.float32]:
+        default[where] = (values.detach() * unit).round().clamp(-32767, 32767).float().numpy() + 0.0
+        return default
+
+    def zeros(*shape: int) -> npt.NDArray[np.float32]:
+        return np.zeros(shape, np.float32)
+
+    weights = context.weights
+    parent, around, current = weights.chunk(3, 1)
+    bias = context.bias(weights) + SPREAD_ORIGIN
+    in_the_middle = zeros(channels, 3)
+    in_the_middle[:, 0] = OFFSET_UNIT
+    return {
+        "spread_bias": everywhere(bias, SPREAD_UNIT, zeros(channels)),
+        "spread_parent": everywhere(parent, SPREAD_UNIT, zeros(channels, channels), square),
+        "spread_around": everywhere(around, SPREAD_UNIT, zeros(channels, channels), square),
+        "spread_current": everywhere(current, SPREAD_UNIT, zeros(channels, channels), square),
+        "spread_sides": everywhere(context.sides, SPREAD_UNIT, zeros(channels)),
+        "offset_parent": everywhere(context.offset, OFFSET_UNIT, in_the_middle),
+        "offset_sides": everywhere(context.offset_sides, OFFSET_UNIT, zeros(channels)),
+    }
 
 
 def _walk_all(
@@ -246,39 +327,48 @@ def _walk_all(
         contexts.walk(state, parent, (rows, columns), active, seen)
 
 
-def _spread_histogram(
-    tables: ContextTables, tiles: Sequence[Symbols], state: int
-) -> npt.NDArray[np.float64]:
-    """How often each spread level meets a nonzero residual: the levels that cost bits."""
-    histogram = np.zeros(SPREAD_LEVELS)
-
-    def visit(step: Pass, wanted: Symbols) -> None:
-        nonzero = (wanted != step.base).ravel()
-        seen = np.bincount(step.levels.ravel(), minlength=SPREAD_LEVELS)
-        hits = np.bincount(step.levels.ravel()[nonzero], minlength=SPREAD_LEVELS)
-        histogram[:] += hits + 0.002 * seen
-
-    _walk_all(tables, tiles, state, visit)
-    return histogram
-
-
-def _equal_buckets(histogram: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
-    """Split the levels into buckets of equal weight."""
-    share = np.cumsum(histogram) / max(histogram.sum(), 1e-9)
-    return np.minimum(share * NUM_SPREAD_BUCKETS, NUM_SPREAD_BUCKETS - 1).astype(np.uint8)
-
-
 def _count(tables: ContextTables, tiles: Sequence[Symbols], state: int) -> npt.NDArray[np.float64]:
-    symbols = num_symbols(state)
-    counts = np.zeros(tables.num_tables() * symbols)
+    """How often each code meets each class and spread: ``[classes, cells of levels, codes]``."""
+    codes, cells = num_symbols(state), SPREAD_LEVELS // LEVELS_A_CELL
+    counts = np.zeros(tables.num_tables() * cells * codes)
 
     def visit(step: Pass, wanted: Symbols) -> None:
-        codes = np.clip(step.codes(wanted, symbols // 2), 0, symbols - 1)
-        cells = step.tables.astype(np.int32) * symbols + codes
-        counts[:] += np.bincount(cells.ravel(), minlength=counts.size)
+        code = np.clip(step.codes(wanted, codes // 2), 0, codes - 1)
+        where = step.tables.astype(np.intp) * cells + step.levels // LEVELS_A_CELL
+        counts[:] += np.bincount((where * codes + code).ravel(), minlength=counts.size)
 
     _walk_all(tables, tiles, state, visit)
-    return counts.reshape(-1, symbols)
+    return counts.reshape(-1, cells, codes)
+
+
+def best_buckets(counts: npt.NDArray[np.float64], number: int) -> npt.NDArray[np.intp]:
+    """Divide an ordered axis into the stretches that cost the fewest bits, by dynamic programming.
+
+    Args:
+        counts: ``[classes, n, codes]``; each class in each stretch has a table of its own.
+        number: of stretches, at most n.
+
+    Returns:
+        ``[n]``: the stretch of each place, ascending from 0 to ``number - 1``.
+    """
+    n = counts.shape[1]
+    sums = np.concatenate([np.zeros((len(counts), 1, counts.shape[2])), counts.cumsum(1)], 1)
+    bits = np.full((n + 1, n + 1), np.inf)
+    """Of a stretch from a to b, without b."""
+    for a in range(n):
+        inside = sums[:, a + 1 :] - sums[:, a : a + 1]
+        share = inside / np.maximum(inside.sum(2, keepdims=True), 1)
+        bits[a, a + 1 :] = -(inside * np.log2(np.maximum(share, 1e-12))).sum((0, 2))
+    least, starts = bits[0], []
+    for _ in range(number - 1):
+        through = least[:, None] + bits
+        starts.append(through.argmin(0))
+        least = through.min(0)
+    buckets, stop = np.zeros(n, np.intp), n
+    for start in reversed(starts):
+        stop = start[stop]
+        buckets[stop:] += 1
+    return buckets
 
 
 def _distributions(counts: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
