@@ -9,16 +9,22 @@ Each picture is scaled and cut to 768 x 512, encoded, verified and decoded in th
 The time of a picture is the best of the rounds, a figure is the median of the pictures, in
 milliseconds of processor time (all threads together: what stays comparable on a busy machine) and
 of wall time. For the cost of one core: ``OPENBLAS_NUM_THREADS=1`` and ``--threads 1``.
+
+With ``--workers N`` it measures instead what a job gets from so many cores: N processes of one
+thread each encode, then decode, at the same time, and their pictures a second are added up.
 """
 
 import argparse
 import functools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +41,9 @@ from dicmh_ray.codec.symbols import SymbolCoder
 from dicmh_ray.codec.tables import ContextTables
 
 WIDTH, HEIGHT, CELL = 768, 512, 16
+
+WORKER_SECONDS = 20.0
+"""Wall time for which workers encode, and again decode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +117,64 @@ def measure(pictures: list[Path], rounds: int, threads: int) -> dict[str, Times]
     }
 
 
+def throughput(pictures: list[Path], workers: int) -> dict[str, float]:
+    """Pictures a second that some processes of one thread each encode, and decode, together."""
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ[variable] = "1"  # read by the workers' libraries when they are loaded
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(workers)
+    with context.Pool(workers, _begin, (barrier,)) as pool:
+        rates = pool.map(_work, [pictures] * workers, chunksize=1)
+    return {stage: sum(rate[stage] for rate in rates) for stage in ("encode", "decode")}
+
+
+_together: Barrier
+
+
+def _begin(barrier: Barrier) -> None:
+    global _together
+    _together = barrier
+
+
+def _work(paths: list[Path]) -> dict[str, float]:
+    codec = load_codec(device="cpu", threads=1)
+    images = [load_picture(path) for path in paths]
+    streams = [codec.encode([i], tags=[()], exif_orientations=[1])[0] for i in images]
+    codec.decode(streams[:1])
+
+    def rate(function: Callable[[int], object]) -> float:
+        _together.wait()
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < WORKER_SECONDS:
+            function(done % len(images))
+            done += 1
+        return done / (time.perf_counter() - started)
+
+    return {
+        "encode": rate(lambda i: codec.encode([images[i]], tags=[()], exif_orientations=[1])),
+        "decode": rate(lambda i: codec.decode([streams[i]])),
+    }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the networks")
+    parser.add_argument("--workers", type=int, help="processes at the same time")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     environment = describe_environment(f"python {' '.join(sys.argv)}")
+    if options.workers:
+        rates = throughput(options.pictures, options.workers)
+        if options.json:
+            print(json.dumps({"environment": asdict(environment), "images/s": rates}, indent=2))
+            return
+        print("\n".join(environment.lines()))
+        for stage, total in rates.items():
+            print(f"{stage}: {total:.1f} images/s by {options.workers} processes together")
+        return
     stages = measure(options.pictures, options.rounds, options.threads)
     if options.json:
         found = {stage: asdict(times) for stage, times in stages.items()}
@@ -125,8 +183,8 @@ def main() -> None:
     print("\n".join(environment.lines()))
     print(f"\n{'':28} {'CPU ms':>8} {'wall ms':>8} {'images/s/core':>14} {'images/s':>9}")
     for stage, times in stages.items():
-        rates = f"{1000 / times.cpu_ms:14.1f} {1000 / times.wall_ms:9.1f}"
-        print(f"{stage:28} {times.cpu_ms:8.1f} {times.wall_ms:8.1f} {rates}")
+        speeds = f"{1000 / times.cpu_ms:14.1f} {1000 / times.wall_ms:9.1f}"
+        print(f"{stage:28} {times.cpu_ms:8.1f} {times.wall_ms:8.1f} {speeds}")
 
 
 if __name__ == "__main__":

@@ -161,35 +161,38 @@ class PatchAutoencoder(nn.Module):
         With a ``reduction`` r of 2, 4 or 8 each sample is the mean of r x r samples of the whole
         picture, which itself is not made: the mean of what the layer draws is drawn by its mean.
         """
-        z_BChw = z_BChw * self.z_scale[:, None, None]
-        if reduction == 1:
-            x: Tensor = self.synthesis(z_BChw)
-            return x + 128.0
-        # To whole patches on every side, so that the blocks of a mean begin where a patch does.
-        kernel = F.pad(self.synthesis.weight, [PATCH // 2] * 4)
-        stride = PATCH // reduction
-        x = F.conv_transpose2d(
-            z_BChw,
-            F.avg_pool2d(kernel, reduction),
-            self.synthesis.bias,
-            stride=stride,
-            padding=stride,
-        )
-        return x + 128.0
+        kernel, padding = self.synthesis.weight, PATCH // 2
+        if reduction > 1:
+            # To whole patches on every side, so that the blocks of a mean begin where a patch does.
+            whole = F.pad(kernel, [PATCH // 2] * 4)
+            kernel, padding = F.avg_pool2d(whole, reduction), PATCH // reduction
+        scaled = z_BChw * self.z_scale[:, None, None]
+        x = overlap_add(scaled, kernel, PATCH // reduction, padding)
+        return x + (_bias(self.synthesis)[:, None, None] + 128.0)
 
     def residual(self, z_BChw: Tensor) -> Tensor:
         """What adding ``z_BChw`` to z adds to the decoded samples, ``[B, 3, H, W]``."""
-        return F.conv_transpose2d(
-            z_BChw * self.z_scale[:, None, None],
-            self.synthesis.weight,
-            stride=PATCH,
-            padding=PATCH // 2,
-        )
+        scaled = z_BChw * self.z_scale[:, None, None]
+        return overlap_add(scaled, self.synthesis.weight, PATCH, PATCH // 2)
 
     def project(self, x_B3HW: Tensor) -> Tensor:
         """About the inverse of :meth:`residual`: differences of samples -> differences of z."""
         z = F.conv2d(x_B3HW, self.analysis.weight, stride=PATCH, padding=PATCH // 2)
         return z / self.z_scale[:, None, None]
+
+
+def overlap_add(z_BChw: Tensor, kernel_CPKK: Tensor, stride: int, padding: int) -> Tensor:
+    """``conv_transpose2d`` with a kernel of whole strides, to P planes; several times faster on a CPU.
+
+    Each patch of the result is a small convolution over the cells of z whose kernels reach it.
+    """
+    channels, planes, size, _ = kernel_CPKK.shape
+    reach = size // stride
+    patches = kernel_CPKK.reshape(channels, planes, reach, stride, reach, stride)
+    weight = patches.permute(1, 3, 5, 0, 2, 4).reshape(-1, channels, reach, reach).flip(2, 3)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    x = F.pixel_shuffle(F.conv2d(z_BChw, weight, padding=reach - 1), stride)
+    return x[:, :, padding : x.shape[2] - padding, padding : x.shape[3] - padding]
 
 
 def _bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
