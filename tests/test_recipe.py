@@ -77,6 +77,8 @@ def test_a_run_can_begin_with_the_weights_of_a_checkpoint(
     # Only the rate model trains at first, so the weights are still the checkpoint's.
     for name, value in found.state_dict().items():
         assert torch.equal(value, given[name].float()), name
+    finer = dataclasses.replace(TINY.network, finest_step=TINY.network.finest_step / 2)
+    train(photographs, tmp_path / "f", options=QUICK, network=finer, start_from=checkpoint)
     wider = dataclasses.replace(TINY.network, hidden=24)
     with pytest.raises(WeightsError, match="its hidden is 16, wanted 24"):
         train(photographs, tmp_path / "w", options=QUICK, network=wider, start_from=checkpoint)

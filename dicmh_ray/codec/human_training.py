@@ -65,7 +65,7 @@ class HumanOptions:
     denoising: float = 0.15
     """Weight of the squared error of the residual, in units of its variance."""
 
-    perceptual: float = 1.0
+    perceptual: float = 1.5
     """Weight of the distance of the teacher's features."""
 
     texture: float = 0.6

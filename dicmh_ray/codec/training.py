@@ -54,6 +54,9 @@ SEMANTICS_UNIT = 600.0
 TONE_CELL = 16
 """Pixels per side of the cells whose means MS-SSIM hardly compares, and squared error still does."""
 
+FREE_FIELDS = {"finest_step"}
+"""What a network may have otherwise than the checkpoint it starts from: no weight depends on it."""
+
 GROWING_FIELDS = {"encoder_blocks", "analysis_blocks", "synthesis_blocks", "restorer_blocks"}
 """Depths in which a network may exceed the checkpoint it starts from: new blocks begin as identity."""
 
@@ -455,7 +458,8 @@ def grow_from(
     for field, value in found.items():
         grown = field in GROWING_FIELDS and wanted[field] > value
         added = field == "gain_hidden" and value == 0
-        if wanted[field] != value and not (grown or added or field.startswith("human_")):
+        free = field in FREE_FIELDS or field.startswith("human_")
+        if wanted[field] != value and not (grown or added or free):
             raise WeightsError(name, f"its {field} is {value}, wanted {wanted[field]}")
     core = CodecNetwork(dataclasses.replace(config, human_width=0)).state_dict().keys()
     if missing := core - weights.keys():
