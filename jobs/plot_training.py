@@ -59,6 +59,8 @@ def draw_layered(runs: list[Path]) -> Figure:
     rate.set(title="bits per pixel, training crops", xlabel="step", yscale="log")
     quality.set(title="PSNR [dB], training crops", xlabel="step")
     human.set(title="human view: distances of the teacher", xlabel="step")
+    for axes in (rate, quality, human):
+        axes.locator_params(axis="x", nbins=4)
     rate.legend(fontsize=7)
     if human.lines:
         human.legend(fontsize=7)
