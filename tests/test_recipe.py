@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 
 from dicmh_ray.codec import load_codec, read_checkpoint
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
-from dicmh_ray.codec.training import PackedPhotographs, TrainOptions, grow_from, train
+from dicmh_ray.codec.training import (
+    Distortion,
+    PackedPhotographs,
+    TrainOptions,
+    grow_from,
+    train,
+)
 from dicmh_ray.errors import SourceFormatError, WeightsError
 from dicmh_ray.recipe import PRESETS, pack_photographs, read_labels, train_checkpoint
 
@@ -153,3 +159,14 @@ def test_training_lowers_the_loss_and_its_checkpoint_codes_pictures(
     image = np.asarray(Image.open(folder / "0.png"))
     data = codec.encode([image], tags=[()], exif_orientations=[1])[0]
     assert codec.measure([image], codec.decode([data]))[0].psnr > 22
+
+
+def test_a_shift_of_tone_which_structure_hardly_sees_counts_in_full() -> None:
+    options = TrainOptions(structure=0.9, semantics=0)
+    x = 128 + 30 * torch.randn(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    error, distortion = Distortion(options, torch.device("cpu"), None)(
+        x, x + 6, torch.zeros(2, dtype=torch.bool)
+    )
+    assert torch.allclose(error, torch.full((2,), 36.0), rtol=1e-3)
+    assert (distortion > 35.9).all()
+    assert (distortion < 45).all()
