@@ -87,7 +87,8 @@ class TrainOptions:
     """Weight of the mean squared error (8-bit units) of the last state against bits per pixel."""
 
     structure: float = 0.6
-    """Share of the distortion that is ``1 - MS-SSIM``; 0 with crops below 176 pixels."""
+    """Share of the distortion that is ``1 - MS-SSIM``, with tone (:data:`TONE_CELL`); 0 with crops
+    below 176 pixels."""
 
     semantics: float = 0.3
     """Share that is the distance of a teacher's features; without a teacher it is squared error."""
@@ -96,7 +97,7 @@ class TrainOptions:
     """Last states, by whose PSNR archives keep pictures: less structure, no semantics."""
 
     faithful_structure: float = 0.5
-    """Share of ``1 - MS-SSIM`` there."""
+    """Share of structure there."""
 
     lambda_ratio: float = 5.3
     """Ratio of the weights of consecutive states."""

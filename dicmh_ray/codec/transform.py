@@ -185,6 +185,15 @@ def overlap_add(z_BChw: Tensor, kernel_CPKK: Tensor, stride: int, padding: int) 
     """``conv_transpose2d`` with a kernel of whole strides, to P planes; several times faster on a CPU.
 
     Each patch of the result is a small convolution over the cells of z whose kernels reach it.
+
+    Args:
+        z_BChw: what is drawn.
+        kernel_CPKK: what each channel draws; K is a multiple of ``stride``.
+        stride: samples from one cell to the next.
+        padding: samples cut off on every side.
+
+    Returns:
+        ``[B, P, (h - 1) stride + K - 2 padding, (w - 1) stride + K - 2 padding]``.
     """
     channels, planes, size, _ = kernel_CPKK.shape
     reach = size // stride
