@@ -50,7 +50,14 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "default": Preset(
-        network=NetworkConfig(synthesis_blocks=6, gain_hidden=96, human_width=128),
+        network=NetworkConfig(
+            encoder_blocks=3,
+            analysis_blocks=5,
+            synthesis_blocks=8,
+            restorer_blocks=5,
+            gain_hidden=96,
+            human_width=128,
+        ),
         options=TrainOptions(),
         human=HumanOptions(),
         table_crops=1600,

@@ -59,6 +59,22 @@ def test_crops_are_the_same_for_the_same_seed(photographs: PackedPhotographs) ->
     assert not torch.equal(crops[0], photographs.crops(5, 96, np.random.default_rng(4)))
 
 
+def test_crops_that_were_jpegs_have_lost_the_detail_of_their_chroma(tmp_path: Path) -> None:
+    stripes = np.zeros((400, 400, 3), np.uint8)
+    stripes[:, ::2], stripes[:, 1::2] = (176, 90, 118), (76, 142, 118)  # of one luma
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    pack = pack_photographs([str(tmp_path)], tmp_path / "pack")
+
+    def contrasts(jpegs: float) -> np.ndarray:
+        crops = pack.crops(48, 176, np.random.default_rng(2), jpegs=jpegs).float()[:, 0]
+        steps = [crops.diff(dim=d).abs().mean((1, 2)) for d in (1, 2)]
+        return torch.maximum(*steps).numpy()[np.arange(48) % 3 != 2]  # those that are not halved
+
+    assert (contrasts(0.0) == 100).all()
+    assert (contrasts(1.0) < 20).all()
+    assert 0.25 < (contrasts(0.5) < 20).mean() < 0.75
+
+
 def test_a_stopped_run_goes_on_where_it_was_saved(
     photographs: PackedPhotographs, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from dicmh_ray.codec.fitting import fit_tables
 from dicmh_ray.codec.network import CodecNetwork
 from dicmh_ray.codec.symbols import round_latent
 from dicmh_ray.codec.tables import ContextTables
-from dicmh_ray.codec.training import PackedPhotographs
+from dicmh_ray.codec.training import JPEG_SHARE, PackedPhotographs
 
 CODER = "layered/1"
 
@@ -48,7 +48,7 @@ def training_symbols(
     tiles: list[npt.NDArray[np.int16]] = []
     with torch.inference_mode():
         while len(tiles) < crops:
-            y = network.encode(photographs.crops(8, size, rng).float())
+            y = network.encode(photographs.crops(8, size, rng, jpegs=JPEG_SHARE).float())
             latents = np.ascontiguousarray(y.permute(0, 2, 3, 1).numpy())
             tiles.extend(round_latent(latents, network.config.steps[-1]))
     return tiles[:crops]

@@ -25,8 +25,10 @@ WINDOW_SIGMA = 1.5
 MIN_MS_SSIM_CROP = 176
 """Pixels per side below which the coarsest scale has no room for a window."""
 
-COLOUR_ROWS = ((0.299, 0.587, 0.114), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
-"""What structure is compared on, drawn for each image: luma or one of R, G, B."""
+LUMA = (0.299, 0.587, 0.114)
+
+COLOUR_ROWS = (LUMA, LUMA, (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+"""What structure is compared on, drawn for each image: luma, twice as often as each of R, G and B."""
 
 
 class StructuralDistance:

@@ -8,6 +8,7 @@ holds its whole state, and a run that is killed goes on where its last save was.
 """
 
 import dataclasses
+import io
 import json
 import math
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,6 +56,13 @@ SEMANTICS_UNIT = 600.0
 TONE_CELL = 16
 """Pixels per side of the cells whose means MS-SSIM hardly compares, and squared error still does."""
 
+JPEG_SHARE = 0.3
+"""Share of the codec's crops that were JPEGs first, with chroma at half size, as most pictures of an
+archive were."""
+
+JPEG_QUALITIES = (75, 95)
+"""Least and greatest quality of those."""
+
 FREE_FIELDS = {"finest_step"}
 """What a network may have otherwise than the checkpoint it starts from: no weight depends on it."""
 
@@ -77,6 +86,9 @@ class TrainOptions:
     crop: int = 192
     """Pixels per side of a crop, a multiple of 16."""
 
+    jpegs: float = JPEG_SHARE
+    """Share of them that were JPEGs first."""
+
     learning_rate: float = 6e-4
     """Adam's peak rate for the networks."""
 
@@ -86,7 +98,7 @@ class TrainOptions:
     finest_lambda: float = 0.036
     """Weight of the mean squared error (8-bit units) of the last state against bits per pixel."""
 
-    structure: float = 0.6
+    structure: float = 0.65
     """Share of the distortion that is ``1 - MS-SSIM``, with tone (:data:`TONE_CELL`); 0 with crops
     below 176 pixels."""
 
@@ -141,13 +153,16 @@ class PackedPhotographs:
         offset, height, width = self.entries[i]
         return self.samples[offset : offset + height * width * 3].reshape(height, width, 3)
 
-    def crops(self, count: int, size: int, rng: np.random.Generator) -> Tensor:
+    def crops(
+        self, count: int, size: int, rng: np.random.Generator, *, jpegs: float = 0.0
+    ) -> Tensor:
         """Random crops, flipped and turned, uint8 ``[count, 3, size, size]``.
 
         A picture is drawn in proportion to its area; every third crop is a larger region halved,
-        so that the network also sees the sharper detail of smaller pictures.
+        so that the network also sees the sharper detail of smaller pictures; and a share of
+        ``jpegs`` is what a JPEG leaves of the crop (:data:`JPEG_QUALITIES`).
         """
-        return self._cut(self._draw(count, size, rng), size, rng)
+        return self._cut(self._draw(count, size, rng), size, rng, jpegs)
 
     def labelled_crops(
         self, count: int, size: int, rng: np.random.Generator, words: Sequence[str]
@@ -177,7 +192,9 @@ class PackedPhotographs:
         areas *= [min(h, w) >= size for _, h, w in self.entries]
         return [int(i) for i in rng.choice(len(areas), size=count, p=areas / areas.sum())]
 
-    def _cut(self, drawn: Sequence[int], size: int, rng: np.random.Generator) -> Tensor:
+    def _cut(
+        self, drawn: Sequence[int], size: int, rng: np.random.Generator, jpegs: float = 0.0
+    ) -> Tensor:
         out = np.empty((len(drawn), size, size, 3), np.uint8)
         for n, i in enumerate(drawn):
             picture = self.picture(i)
@@ -189,9 +206,18 @@ class PackedPhotographs:
             if factor == 2:
                 wide = crop.astype(np.uint16).reshape(size, 2, size, 2, 3)
                 crop = ((wide.sum((1, 3)) + 2) >> 2).astype(np.uint8)
+            if rng.random() < jpegs:
+                crop = _through_jpeg(crop, quality=int(rng.integers(*JPEG_QUALITIES)))
             crop = crop[:, :: 1 if rng.random() < 0.5 else -1]
             out[n] = np.rot90(crop) if rng.random() < 0.25 else crop
         return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+def _through_jpeg(crop: npt.NDArray[np.uint8], *, quality: int) -> npt.NDArray[np.uint8]:
+    """A crop as a JPEG with chroma at half size gives it back."""
+    coded = io.BytesIO()
+    Image.fromarray(crop).save(coded, "JPEG", quality=quality, subsampling="4:2:0")
+    return np.asarray(Image.open(coded))
 
 
 def train(
@@ -300,7 +326,7 @@ class _Trainer:
             learning_rate = self._warmed_up() * cosine_fall(done) * options.learning_rate
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate * group["factor"]
-            crops = self.photographs.crops(options.batch, options.crop, rng)
+            crops = self.photographs.crops(options.batch, options.crop, rng, jpegs=options.jpegs)
             x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
             states = torch.from_numpy(
                 np.concatenate(
