@@ -17,8 +17,7 @@ SECONDS = ("encode s", "decode s", "encode img/s", "decode img/s")
 TIMES_NOTE = (
     "Seconds are wall time per image on one of several busy threads; a state's encode time is that",
     "of the full stream, a JPEG's that of two files, baseline and progressive, of which the smaller",
-    "counts. Our decode time leaves out entropy decoding: encoding has just verified the stream and",
-    "knows its symbols. A stream from a file takes that more (jobs/bench_codec.py).",
+    "counts.",
 )
 
 

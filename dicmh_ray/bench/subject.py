@@ -85,6 +85,9 @@ class Subject:
         if (state, view) not in self._views:
             end = self.prefix_bytes[state - 1]
             with self._codec_lock:
+                # Nothing: a codec may remember the symbols of what it has just encoded, and a
+                # reader, whose time this is, has only the bytes.
+                self._codec.encode([], tags=[], exif_orientations=[])
                 start = time.perf_counter()
                 (image,) = self._codec.decode([self.stream[:end]], view=view)
                 decode_s = time.perf_counter() - start
