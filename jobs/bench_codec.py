@@ -37,7 +37,7 @@ from dicmh_ray.bench import describe_environment
 from dicmh_ray.bitstream import parse_bitstream
 from dicmh_ray.codec.checkpoint import read_checkpoint
 from dicmh_ray.codec.contexts import Symbols
-from dicmh_ray.codec.symbols import SymbolCoder
+from dicmh_ray.codec.symbols import SymbolCoder, as_rounded
 from dicmh_ray.codec.tables import ContextTables
 
 WIDTH, HEIGHT, CELL = 768, 512, 16
@@ -98,7 +98,7 @@ def measure(pictures: list[Path], rounds: int, threads: int) -> dict[str, Times]
         symbols = decode_symbols(payloads)
         times = {
             "encode": best(rounds, encode),
-            "encode: symbols -> bytes": best(rounds, functools.partial(coder.encode, symbols)),
+            "encode: symbols -> bytes": best(rounds, functools.partial(coder.encode, as_rounded(symbols))),
             "verify": best(rounds, functools.partial(decode_symbols, payloads)),
             "decode": best(rounds, functools.partial(fresh.decode, [stream])),
         }

@@ -1,27 +1,36 @@
 """From a training run to a checkpoint directory: round the weights, fit the tables, write."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.numpy
 import safetensors.torch
 import torch
 
 from dicmh_ray.codec.checkpoint import FORMAT, LATENT_UNIT, Checkpoint, read_checkpoint
-from dicmh_ray.codec.fitting import fit_tables
-from dicmh_ray.codec.network import CodecNetwork
-from dicmh_ray.codec.symbols import round_latent
-from dicmh_ray.codec.tables import ContextTables
+from dicmh_ray.codec.contexts import Symbols
+from dicmh_ray.codec.fitting import fit_tables, recount
+from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
+from dicmh_ray.codec.symbols import (
+    REACH_UNIT,
+    RoundedLatent,
+    SymbolCoder,
+    parent_symbols,
+    round_latent,
+)
+from dicmh_ray.codec.tables import RATIO, ContextTables
 from dicmh_ray.codec.training import JPEG_SHARE, PackedPhotographs
 
 CODER = "layered/1"
 
 GROUP_SHARES = (0.04, 0.16, 0.375, 0.625)
 """Where the channel groups end, as shares of the channels; few channels matter, so they come first."""
+
+SMALL_REACH = 0.6
+"""Reach, in finest steps, below which few refinements are worth their bits."""
 
 
 def channel_groups(channels: int) -> tuple[int, ...]:
@@ -35,23 +44,53 @@ def round_weights(network: CodecNetwork) -> None:
     network.load_state_dict({k: v.half().float() for k, v in network.state_dict().items()})
 
 
-def training_symbols(
+def training_latents(
     network: CodecNetwork,
     photographs: PackedPhotographs,
     *,
     crops: int,
     size: int = 256,
     seed: int = 5,
-) -> list[npt.NDArray[np.int16]]:
-    """Finest symbols of random crops, each int16 ``[size / 16, size / 16, C]``."""
+) -> list[RoundedLatent]:
+    """Latents of random crops, each of ``[size / 16, size / 16, C]``."""
     rng = np.random.default_rng(seed)
-    tiles: list[npt.NDArray[np.int16]] = []
+    tiles: list[RoundedLatent] = []
     with torch.inference_mode():
         while len(tiles) < crops:
             y = network.encode(photographs.crops(8, size, rng, jpegs=JPEG_SHARE).float())
             latents = np.ascontiguousarray(y.permute(0, 2, 3, 1).numpy())
-            tiles.extend(round_latent(latents, network.config.steps[-1]))
+            tiles.extend(round_latent(latent, network.config.steps[-1]) for latent in latents)
     return tiles[:crops]
+
+
+def fit_entropy_model(
+    latents: Sequence[RoundedLatent],
+    config: NetworkConfig,
+    *,
+    steps: int,
+    report: Callable[[str], None] | None = None,
+) -> ContextTables:
+    """Tables for what an encoder leaves of training latents.
+
+    Which refinements it gives up depends on the tables: they are fitted to what is left by a
+    threshold, and counted again with what is left by them.
+    """
+    tables = fit_tables(
+        [_without_small_refinements(latent) for latent in latents],
+        num_states=config.num_states,
+        groups=channel_groups(config.y_channels),
+        steps=steps,
+        report=report,
+    )
+    coder = SymbolCoder(tables)
+    left = [coder.encode(latent)[-1].symbols for latent in latents]
+    return recount(tables, left, config.num_states - 1, report=report)
+
+
+def _without_small_refinements(latent: RoundedLatent) -> Symbols:
+    parents = parent_symbols(latent.symbols)
+    is_small = latent.reaches < SMALL_REACH * REACH_UNIT
+    return np.where(is_small, parents * np.int16(RATIO), latent.symbols)
 
 
 def write_checkpoint(
@@ -103,11 +142,6 @@ def export(
         report: called with lines of text.
     """
     round_weights(network)
-    tables = fit_tables(
-        training_symbols(network, photographs, crops=crops),
-        num_states=network.config.num_states,
-        groups=channel_groups(network.config.y_channels),
-        steps=steps,
-        report=report,
-    )
+    latents = training_latents(network, photographs, crops=crops)
+    tables = fit_entropy_model(latents, network.config, steps=steps, report=report)
     return write_checkpoint(network, tables, folder, provenance=provenance)

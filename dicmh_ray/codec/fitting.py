@@ -257,21 +257,40 @@ def _freeze(
         offset_edges=OFFSET_EDGES,
         frequencies=tuple(uniform),
     )
-    divided, frequencies = np.empty_like(undivided), []
     for state in range(num_states):
-        counts = _count(tables, tiles, state)
-        buckets = best_buckets(counts, NUM_SPREAD_BUCKETS)
-        divided[state] = np.repeat(buckets, SPREAD_LEVELS // len(buckets))
-        starts = np.searchsorted(buckets, np.arange(NUM_SPREAD_BUCKETS))
-        counts = np.add.reduceat(counts, starts, 1).reshape(-1, num_symbols(state))
-        frequencies.append(_distributions(counts))
-        if report is not None:
-            share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-            bits = -(counts * np.log2(np.maximum(share, 1e-12))).sum() / len(tiles)
-            report(f"state {state}: {bits / tiles[0][..., 0].size:.4f} bits per cell in its tables")
-    frozen = dataclasses.replace(tables, spread_buckets=divided, frequencies=tuple(frequencies))
-    frozen.validate("fitted tables")
-    return frozen
+        tables = recount(tables, tiles, state, report=report)
+    tables.validate("fitted tables")
+    return tables
+
+
+def recount(
+    tables: ContextTables,
+    tiles: Sequence[Symbols],
+    state: int,
+    *,
+    report: Callable[[str], None] | None = None,
+) -> ContextTables:
+    """The tables with a state's spreads divided, and its codes counted, anew.
+
+    Args:
+        tables: their context weights stay.
+        tiles: finest symbols, each int16 ``[i, j, C]``.
+        state: k.
+        report: called with a line of text.
+    """
+    undivided = dataclasses.replace(tables, spread_buckets=np.zeros_like(tables.spread_buckets))
+    counts = _count(undivided, tiles, state)
+    buckets = best_buckets(counts, NUM_SPREAD_BUCKETS)
+    divided, frequencies = tables.spread_buckets.copy(), list(tables.frequencies)
+    divided[state] = np.repeat(buckets, SPREAD_LEVELS // len(buckets))
+    starts = np.searchsorted(buckets, np.arange(NUM_SPREAD_BUCKETS))
+    counts = np.add.reduceat(counts, starts, 1).reshape(-1, num_symbols(state))
+    frequencies[state] = _distributions(counts)
+    if report is not None:
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        bits = -(counts * np.log2(np.maximum(share, 1e-12))).sum() / len(tiles)
+        report(f"state {state}: {bits / tiles[0][..., 0].size:.4f} bits per cell in its tables")
+    return dataclasses.replace(tables, spread_buckets=divided, frequencies=tuple(frequencies))
 
 
 def _integers(context: _StateContext, channels: int) -> dict[str, npt.NDArray[np.float32]]:

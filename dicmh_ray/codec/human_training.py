@@ -68,7 +68,10 @@ class HumanOptions:
     perceptual: float = 1.5
     """Weight of the distance of the teacher's features."""
 
-    texture: float = 0.6
+    semantic: float = 1.5
+    """The same at half size, as analysis networks see photographs."""
+
+    texture: float = 0.5
     """Weight of the distance of their local means and deviations."""
 
     colour: float = 0.005
@@ -242,10 +245,12 @@ class HumanTrainer:
         spread = self.restorer.spread[states][:, :, None, None]
         picture = base + self.network.autoencoder.residual(found * spread)
         wanted, made = self.teacher.activations(x), self.teacher.activations(picture)
+        halved = [self.teacher.activations(F.avg_pool2d(pixels, 2)) for pixels in (x, picture)]
         colour = F.avg_pool2d(picture, 8) - F.avg_pool2d(x, 8)
         return {
             "denoising": (options.denoising, (found - residual).square().mean()),
             "perceptual": (options.perceptual, feature_distance(wanted, made)),
+            "semantic": (options.semantic, feature_distance(*halved)),
             "texture": (options.texture, texture_distance(wanted, made)),
             "colour": (options.colour, colour.square().mean()),
         }

@@ -30,7 +30,13 @@ from dicmh_ray.codec.human import noise_key, window_noise
 from dicmh_ray.codec.image_taggers import without_known
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
 from dicmh_ray.codec.quality import measure
-from dicmh_ray.codec.symbols import MAX_SYMBOL, SymbolCoder, nested_symbols, round_latent
+from dicmh_ray.codec.symbols import (
+    MAX_SYMBOL,
+    RoundedLatent,
+    SymbolCoder,
+    nested_symbols,
+    round_latent,
+)
 from dicmh_ray.codec.tables import RATIO, ContextTables
 from dicmh_ray.codec.tagger import TaggerHead, picture_features
 from dicmh_ray.codec.tiles import Window, join_tiles, split_tiles, tiles, windows
@@ -58,6 +64,13 @@ class _Noise(NamedTuple):
 
     key: int
     tags: tuple[str, ...]
+
+
+class _Coded(NamedTuple):
+    """A picture on its way into a stream."""
+
+    symbols: Symbols
+    states: list[State]
 
 
 class LayeredCodec:
@@ -95,7 +108,7 @@ class LayeredCodec:
     ) -> list[bytes]:
         self._verified.clear()
         return [
-            self._encode_one(image, self._analyse(image), own, orientation)
+            self._encode_one(image, self._code(image), own, orientation)
             for image, own, orientation in zip(images, tags, exif_orientations, strict=True)
         ]
 
@@ -111,10 +124,10 @@ class LayeredCodec:
         tagged = []
         self._verified.clear()
         for image, own, orientation in zip(images, tags, exif_orientations, strict=True):
-            symbols = self._analyse(image)
-            added = without_known(own, tagger.suggest(picture_features(symbols)))
+            coded = self._code(image)
+            added = without_known(own, tagger.suggest(picture_features(coded.symbols)))
             every = [*own, *(tag.tag for tag in added)]
-            tagged.append(TaggedStream(self._encode_one(image, symbols, every, orientation), added))
+            tagged.append(TaggedStream(self._encode_one(image, coded, every, orientation), added))
         return tagged
 
     def suggest_tags(self, bitstreams: Sequence[bytes]) -> list[tuple[TagScore, ...]]:
@@ -129,7 +142,7 @@ class LayeredCodec:
 
     def tag_features(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Features ``[F]`` of a picture, for fitting a tagger; see :mod:`dicmh_ray.codec.tagger`."""
-        return picture_features(self._analyse(image))
+        return picture_features(self._code(image).symbols)
 
     def decode(
         self, bitstreams: Sequence[bytes], *, states: int | None = None, view: str = "machine"
@@ -177,11 +190,11 @@ class LayeredCodec:
     def _encode_one(
         self,
         image: npt.NDArray[np.uint8],
-        symbols: Symbols,
+        coded: _Coded,
         tags: Sequence[str],
         exif_orientation: int,
     ) -> bytes:
-        """Code a picture's symbols, and decode them again to be sure."""
+        """Write a picture's stream, and decode its symbols again to be sure."""
         header = Header(
             codec_id=self.codec_id,
             width=image.shape[1],
@@ -192,11 +205,11 @@ class LayeredCodec:
             ),
             num_states=self.num_states,
         )
-        data = write_bitstream(header, tags, self._encode_symbols(symbols))
-        if not np.array_equal(self._decode_symbols(data, None)[1], symbols):
+        data = write_bitstream(header, tags, coded.states)
+        if not np.array_equal(self._decode_symbols(data, None)[1], coded.symbols):
             raise EncodeError("the stream does not decode to the symbols that were encoded")
-        if symbols.size <= MAX_REMEMBERED:
-            self._verified.append((data, symbols))
+        if coded.symbols.size <= MAX_REMEMBERED:
+            self._verified.append((data, coded.symbols))
         return data
 
     def _tagger(self) -> TaggerHead:
@@ -218,12 +231,13 @@ class LayeredCodec:
         scaled = symbols.astype(np.int32) * RATIO ** (self.num_states - count)
         return np.clip(scaled, -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
 
-    def _analyse(self, image: npt.NDArray[np.uint8]) -> Symbols:
-        """Finest symbols of a picture, int16 ``[i, j, C]``."""
+    def _analyse(self, image: npt.NDArray[np.uint8]) -> RoundedLatent:
+        """What there is to encode of a picture."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
         rows, columns = (-(-side // ALIGNMENT) for side in image.shape[:2])
-        symbols = np.empty((rows, columns, self.latent_channels), np.int16)
+        shape = (rows, columns, self.latent_channels)
+        rounded = RoundedLatent(np.empty(shape, np.int16), np.empty(shape, np.uint8))
         for down in windows(rows, size=WINDOW, margin=self._network.config.encode_margin):
             for across in windows(columns, size=WINDOW, margin=self._network.config.encode_margin):
                 region = image[down.outer(ALIGNMENT), across.outer(ALIGNMENT)]
@@ -235,16 +249,19 @@ class LayeredCodec:
                     np.pad(region, padding, "edge")[None],
                 )[0]
                 inner = latent[:, down.inner(), across.inner()]
-                symbols[down.whole(), across.whole()] = round_latent(
-                    np.moveaxis(inner, 0, 2), self._steps[-1]
-                )
-        return symbols
+                part = round_latent(np.moveaxis(inner, 0, 2), self._steps[-1])
+                rounded.symbols[down.whole(), across.whole()] = part.symbols
+                rounded.reaches[down.whole(), across.whole()] = part.reaches
+        return rounded
 
-    def _encode_symbols(self, symbols: Symbols) -> list[State]:
-        coded = [
-            self._coder.encode(np.ascontiguousarray(symbols[rows, columns]))
-            for rows, columns in tiles(symbols.shape[:2], size=TILE)
-        ]
+    def _code(self, image: npt.NDArray[np.uint8]) -> _Coded:
+        """The symbols that a picture's stream has, and the states of that stream."""
+        rounded = self._analyse(image)
+        symbols, coded = rounded.symbols, []
+        for place in tiles(symbols.shape[:2], size=TILE):
+            tile = (np.ascontiguousarray(part[place]) for part in (symbols, rounded.reaches))
+            coded.append(self._coder.encode(RoundedLatent(*tile)))
+            symbols[place] = coded[-1][-1].symbols
         states = []
         for state in range(self.num_states):
             payloads = [tile[state].payload for tile in coded]
@@ -252,7 +269,7 @@ class LayeredCodec:
             for tile in coded:
                 crc = crc32c(tile[state].refinement, crc)
             states.append(State(join_tiles(payloads), crc))
-        return states
+        return _Coded(symbols, states)
 
     def _recall(self, data: bytes, states: int | None) -> tuple[Header, Symbols, int]:
         """As ``_decode_symbols``, but a prefix of a stream that ``encode`` has just verified.

@@ -2,8 +2,9 @@
 
 In each pass the symbols are grouped by table, so that the coder runs over long stretches of one
 table. Nearly all symbols have table 0 and equal their base: their stretch is made as a whole, and
-only the exceptions in it and the busy symbols, those of other tables, are touched one by one. Payload layout and arithmetic: ``schemas/layered-payload.v1.md``. Needs numpy and
-constriction, not torch.
+only the exceptions in it and the busy symbols, those of other tables, are touched one by one.
+Payload layout and arithmetic: ``schemas/layered-payload.v1.md``. Needs numpy and constriction, not
+torch.
 """
 
 from dataclasses import dataclass
@@ -13,17 +14,38 @@ import constriction
 import numpy as np
 import numpy.typing as npt
 
-from dicmh_ray.codec.contexts import ContextModel, Pass, Symbols, checkerboard, last_nonzero_channel
+from dicmh_ray.codec.contexts import (
+    Bytes,
+    ContextModel,
+    Pass,
+    Symbols,
+    checkerboard,
+    last_nonzero_channel,
+)
 from dicmh_ray.codec.tables import RATIO, ContextTables, Floats, num_symbols
 from dicmh_ray.errors import EncodeError, SymbolError
 
-ZERO_BELOW = 0.6
-"""Values below this share of the finest step become zero. An encoder's choice, no part of the format:
-a nonzero there costs more bits than its half step of error is worth (on training photographs 0.2 dB
-at equal rate, for the last state)."""
+WORTH_OF_A_BIT = 0.025
+"""A refinement of the last state is given up if its value lies so many finest steps, for each bit that
+this saves, or less beyond the cell of its parent's middle. An encoder's choice, no part of the format."""
+
+REACH_UNIT = 128
+"""Reaches count in 1/128 of the finest step."""
 
 MAX_SYMBOL = 32_766
 """Largest magnitude of a finest symbol: int16 holds it and the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedLatent:
+    """What there is to encode of a picture or of a tile of it."""
+
+    symbols: Symbols
+    """int16 ``[i, j, C]``: symbols of the last state, magnitudes at most 32,767."""
+
+    reaches: Bytes
+    """uint8 ``[i, j, C]``: how far each value lies from three times its parent symbol, in
+    1 / :data:`REACH_UNIT` of the finest step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +75,13 @@ class SymbolCoder:
             ]
             for table in tables.frequencies
         ]
+        self._least_reaches = _least_reaches(tables.frequencies[-1])
 
-    def encode(self, finest: Symbols) -> list[CodedTile]:
+    def encode(self, latent: RoundedLatent) -> list[CodedTile]:
         """Encode all states of a tile.
 
-        Args:
-            finest: int16 ``[i, j, C]``: symbols of the last state, magnitudes at most 32,767.
+        Refinements of the last state that are not worth their bits are given up: the symbols of its
+        tile are what a decoder will find.
 
         Returns:
             One payload for each state, coarsest first.
@@ -68,8 +91,8 @@ class SymbolCoder:
         """
         parent: Symbols | None = None
         coded = []
-        for state, symbols in enumerate(nested_symbols(finest, self.tables.num_states)):
-            coded.append(self._encode_state(state, parent, symbols))
+        for state, symbols in enumerate(nested_symbols(latent.symbols, self.tables.num_states)):
+            coded.append(self._encode_state(state, parent, symbols, latent.reaches))
             parent = symbols
         return coded
 
@@ -122,16 +145,21 @@ class SymbolCoder:
             raise SymbolError(section, "bytes are left after the last symbol")
         return CodedTile(payload, symbols, _refinement(_added(symbols, parent), active))
 
-    def _encode_state(self, state: int, parent: Symbols | None, symbols: Symbols) -> CodedTile:
-        added = _added(symbols, parent)
-        active = last_nonzero_channel(added)
+    def _encode_state(
+        self, state: int, parent: Symbols | None, symbols: Symbols, reaches: Bytes
+    ) -> CodedTile:
+        active = last_nonzero_channel(_added(symbols, parent))
         rows, columns, _ = symbols.shape
-        cells = checkerboard(rows, columns).arrange(symbols)
+        grid = checkerboard(rows, columns)
+        cells, distances = grid.arrange(symbols), grid.arrange(reaches)
+        is_thrifty = 0 < state == self.tables.num_states - 1
         middle = num_symbols(state) // 2
         runs: list[tuple[int, npt.NDArray[np.int32]]] = []
 
         def visit(step: Pass) -> Symbols:
             wanted = cells[step.rows, step.channels].copy()
+            if is_thrifty:
+                self._economise(step, wanted, distances[step.rows, step.channels])
             exceptions = step.exceptions(wanted)
             places = exceptions - np.searchsorted(step.busy, exceptions)
             quiet = np.full(wanted.size - step.busy.size, middle, np.int32)
@@ -147,17 +175,25 @@ class SymbolCoder:
             runs.extend([(table, busy[start:stop]) for table, start, stop in stretches])
             return wanted
 
-        self.contexts.walk(state, parent, (rows, columns), active, visit)
+        symbols = self.contexts.walk(state, parent, (rows, columns), active, visit)
         coder = constriction.stream.stack.AnsCoder()
         for table, stretch in reversed(runs):
             coder.encode_reverse(stretch, self._models[state][table])
         words = coder.get_compressed().astype("<u4").tobytes()
         payload = active.to_bytes(2, "little") + words
-        return CodedTile(payload, symbols, _refinement(added, active))
+        return CodedTile(payload, symbols, _refinement(_added(symbols, parent), active))
+
+    def _economise(self, step: Pass, wanted: Symbols, reaches: Bytes) -> None:
+        """Give up, in place, the refinements of the last state that are not worth their bits."""
+        refined = (wanted != step.base).reshape(-1).nonzero()[0]
+        codes = step.residuals(wanted, refined) + RATIO // 2
+        least = self._least_reaches[step.tables.reshape(-1)[refined], codes]
+        given_up = refined[reaches.reshape(-1)[refined] < least]
+        wanted.reshape(-1)[given_up] = step.base.reshape(-1)[given_up]
 
 
-def round_latent(latent: Floats, step: float) -> Symbols:
-    """Finest symbols of a latent: rounding, with a wider zero.
+def round_latent(latent: Floats, step: float) -> RoundedLatent:
+    """What there is to encode of a latent.
 
     Args:
         latent: float32 ``[..., C]``.
@@ -169,16 +205,36 @@ def round_latent(latent: Floats, step: float) -> Symbols:
     if not np.isfinite(latent).all():
         raise EncodeError("the latent is not finite")
     scaled = latent / np.float32(step)
-    rounded = np.where(np.abs(scaled) < ZERO_BELOW, np.float32(0), np.rint(scaled))
-    return np.clip(rounded, -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
+    symbols = np.rint(scaled).clip(-MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
+    unrefined = parent_symbols(symbols) * np.int16(RATIO)
+    reaches = np.abs(scaled - unrefined) * np.float32(REACH_UNIT)
+    return RoundedLatent(symbols, reaches.clip(0, 255).astype(np.uint8))
+
+
+def as_rounded(symbols: Symbols) -> RoundedLatent:
+    """A latent of which only the finest symbols are known, int16 ``[i, j, C]``: all are kept."""
+    return RoundedLatent(symbols, np.full(symbols.shape, 255, np.uint8))
+
+
+def _least_reaches(frequencies: npt.NDArray[np.int32]) -> Bytes:
+    """From which reach on a refinement of the last state is worth its bits, ``[tables, codes]``."""
+    bits = -np.log2(frequencies.astype(np.float64))
+    saved = bits - bits[:, frequencies.shape[1] // 2, None]
+    return (REACH_UNIT * (0.5 + WORTH_OF_A_BIT * saved)).clip(0, 255).astype(np.uint8)
 
 
 def nested_symbols(finest: Symbols, num_states: int) -> list[Symbols]:
     """The symbols of every state, coarsest first, from those of the finest."""
     levels = [np.ascontiguousarray(finest, np.int16)]
     for _ in range(num_states - 1):
-        levels.append((levels[-1] + np.int16(1)) // np.int16(RATIO))
+        levels.append(parent_symbols(levels[-1]))
     return levels[::-1]
+
+
+def parent_symbols(symbols: Symbols) -> Symbols:
+    """The symbols of the next coarser state."""
+    parents: Symbols = (symbols + np.int16(1)) // np.int16(RATIO)
+    return parents
 
 
 def active_channels(symbols: Symbols, parent: Symbols | None) -> int:
