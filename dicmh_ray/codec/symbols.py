@@ -92,7 +92,9 @@ class SymbolCoder:
         parent: Symbols | None = None
         coded = []
         for state, symbols in enumerate(nested_symbols(latent.symbols, self.tables.num_states)):
-            coded.append(self._encode_state(state, parent, symbols, latent.reaches))
+            is_last = 0 < state == self.tables.num_states - 1
+            reaches = latent.reaches if is_last else None
+            coded.append(self._encode_state(state, parent, symbols, reaches))
             parent = symbols
         return coded
 
@@ -146,19 +148,20 @@ class SymbolCoder:
         return CodedTile(payload, symbols, _refinement(_added(symbols, parent), active))
 
     def _encode_state(
-        self, state: int, parent: Symbols | None, symbols: Symbols, reaches: Bytes
+        self, state: int, parent: Symbols | None, symbols: Symbols, reaches: Bytes | None
     ) -> CodedTile:
+        """Code a state as it is, or, with the reaches, without what is not worth its bits."""
         active = last_nonzero_channel(_added(symbols, parent))
         rows, columns, _ = symbols.shape
         grid = checkerboard(rows, columns)
-        cells, distances = grid.arrange(symbols), grid.arrange(reaches)
-        is_thrifty = 0 < state == self.tables.num_states - 1
+        cells = grid.arrange(symbols)
+        distances = None if reaches is None else grid.arrange(reaches)
         middle = num_symbols(state) // 2
         runs: list[tuple[int, npt.NDArray[np.int32]]] = []
 
         def visit(step: Pass) -> Symbols:
             wanted = cells[step.rows, step.channels].copy()
-            if is_thrifty:
+            if distances is not None:
                 self._economise(step, wanted, distances[step.rows, step.channels])
             exceptions = step.exceptions(wanted)
             places = exceptions - np.searchsorted(step.busy, exceptions)
