@@ -56,7 +56,7 @@ SEMANTICS_UNIT = 600.0
 TONE_CELL = 16
 """Pixels per side of the cells whose means MS-SSIM hardly compares, and squared error still does."""
 
-JPEG_SHARE = 0.3
+JPEG_SHARE = 0.2
 """Share of the codec's crops that were JPEGs first, with chroma at half size, as most pictures of an
 archive were."""
 
@@ -98,7 +98,7 @@ class TrainOptions:
     finest_lambda: float = 0.036
     """Weight of the mean squared error (8-bit units) of the last state against bits per pixel."""
 
-    structure: float = 0.65
+    structure: float = 0.6
     """Share of the distortion that is ``1 - MS-SSIM``, with tone (:data:`TONE_CELL`); 0 with crops
     below 176 pixels."""
 
@@ -108,7 +108,7 @@ class TrainOptions:
     faithful_states: int = 1
     """Last states, by whose PSNR archives keep pictures: less structure, no semantics."""
 
-    faithful_structure: float = 0.5
+    faithful_structure: float = 0.3
     """Share of structure there."""
 
     lambda_ratio: float = 5.3
