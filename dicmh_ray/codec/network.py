@@ -64,7 +64,7 @@ class NetworkConfig:
     num_states: int = 5
     """States of a full stream, coarsest first."""
 
-    finest_step: float = 18.5
+    finest_step: float = 17.0
     """Quantiser step of the last state, in units of an 8-bit sample for an orthonormal basis."""
 
     def to_dict(self) -> dict[str, Any]:
