@@ -98,7 +98,9 @@ def measure(pictures: list[Path], rounds: int, threads: int) -> dict[str, Times]
         symbols = decode_symbols(payloads)
         times = {
             "encode": best(rounds, encode),
-            "encode: symbols -> bytes": best(rounds, functools.partial(coder.encode, as_rounded(symbols))),
+            "encode: symbols -> bytes": best(
+                rounds, functools.partial(coder.encode, as_rounded(symbols))
+            ),
             "verify": best(rounds, functools.partial(decode_symbols, payloads)),
             "decode": best(rounds, functools.partial(fresh.decode, [stream])),
         }

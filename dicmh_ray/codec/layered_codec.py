@@ -259,8 +259,8 @@ class LayeredCodec:
         rounded = self._analyse(image)
         symbols, coded = rounded.symbols, []
         for place in tiles(symbols.shape[:2], size=TILE):
-            tile = (np.ascontiguousarray(part[place]) for part in (symbols, rounded.reaches))
-            coded.append(self._coder.encode(RoundedLatent(*tile)))
+            parts = (np.ascontiguousarray(part[place]) for part in (symbols, rounded.reaches))
+            coded.append(self._coder.encode(RoundedLatent(*parts)))
             symbols[place] = coded[-1][-1].symbols
         states = []
         for state in range(self.num_states):
