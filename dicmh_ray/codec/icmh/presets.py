@@ -66,7 +66,7 @@ class IcmhPreset:
 
 _PATCH_VAE = VaeConfig(
     kind="patch",
-    settings={"num_luma": 64, "num_chroma": 16, "blocks": 2, "hidden": 96, "emphasis": 0.5},
+    settings={"num_luma": 64, "num_chroma": 16, "blocks": 3, "hidden": 96, "emphasis": 0.5},
     scaling=1.0,
 )
 """The autoencoder of the default checkpoint."""
