@@ -75,6 +75,8 @@ def train_as_one_of_two(rank: int, folder: str) -> None:
                 "seen": torch.tensor(stage.seen[:3]),
             }
             save_file(found, Path(folder, f"{name}-{rank}.safetensors"))
+        # Gloo's threads abort a process that leaves while the other one still talks to it.
+        torch.distributed.barrier()
     finally:
         time.monotonic = real
         torch.distributed.destroy_process_group()
