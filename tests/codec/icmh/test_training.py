@@ -381,6 +381,8 @@ def train_as_one_of_two(rank: int, folder: str) -> None:
                 device="cpu",
             )
             Path(folder, f"{name}-{rank}.txt").write_text(checkpoint.codec_id)
+        # Gloo's threads abort a process that leaves while the other one still talks to it.
+        torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
