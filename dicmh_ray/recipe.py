@@ -21,8 +21,9 @@ from dicmh_ray.codec.export import export
 from dicmh_ray.codec.human_training import HumanOptions, train_human
 from dicmh_ray.codec.network import NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher
+from dicmh_ray.codec.photographs import PackedPhotographs
 from dicmh_ray.codec.run_state import CHECKPOINT_NAME
-from dicmh_ray.codec.training import PackedPhotographs, TrainOptions, train
+from dicmh_ray.codec.training import TrainOptions, train
 from dicmh_ray.errors import SourceFormatError, SourceImageError
 from dicmh_ray.source import SourceOptions, load_pixels, plan_units, read_unit
 
@@ -50,18 +51,11 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "default": Preset(
-        network=NetworkConfig(
-            encoder_blocks=3,
-            analysis_blocks=5,
-            synthesis_blocks=8,
-            restorer_blocks=5,
-            gain_hidden=96,
-            human_width=128,
-        ),
+        network=NetworkConfig(gain_hidden=96, human_width=128),
         options=TrainOptions(),
         human=HumanOptions(),
         table_crops=1600,
-        table_steps=800,
+        table_steps=2000,
     ),
     "tiny": Preset(
         network=NetworkConfig(

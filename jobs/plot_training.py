@@ -44,7 +44,8 @@ def draw_layered(runs: list[Path]) -> Figure:
     figure, (rate, quality, human) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     start = 0
     for run in runs:
-        log = read_log(run / "log.jsonl")
+        # A run that starts from a checkpoint decodes nothing at first.
+        log = [line for line in read_log(run / "log.jsonl") if "psnr" in line]
         steps = [start + line["step"] for line in log]
         for key, axes in (("bpp", rate), ("psnr", quality)):
             for state in range(len(log[0][key])):

@@ -13,13 +13,8 @@ from safetensors.torch import load_file
 
 from dicmh_ray.codec import load_codec, read_checkpoint
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
-from dicmh_ray.codec.training import (
-    Distortion,
-    PackedPhotographs,
-    TrainOptions,
-    grow_from,
-    train,
-)
+from dicmh_ray.codec.photographs import PackedPhotographs
+from dicmh_ray.codec.training import Distortion, TrainOptions, grow_from, train
 from dicmh_ray.errors import SourceFormatError, WeightsError
 from dicmh_ray.recipe import PRESETS, pack_photographs, read_labels, train_checkpoint
 

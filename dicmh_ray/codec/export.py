@@ -14,6 +14,7 @@ from dicmh_ray.codec.checkpoint import FORMAT, LATENT_UNIT, Checkpoint, read_che
 from dicmh_ray.codec.contexts import Symbols
 from dicmh_ray.codec.fitting import fit_tables, recount
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
+from dicmh_ray.codec.photographs import JPEG_SHARE, PackedPhotographs
 from dicmh_ray.codec.symbols import (
     REACH_UNIT,
     RoundedLatent,
@@ -22,7 +23,6 @@ from dicmh_ray.codec.symbols import (
     round_latent,
 )
 from dicmh_ray.codec.tables import RATIO, ContextTables
-from dicmh_ray.codec.training import JPEG_SHARE, PackedPhotographs
 
 CODER = "layered/1"
 

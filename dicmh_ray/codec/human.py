@@ -23,9 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dicmh_ray.codec.noise import noise_key, normal_table, window_noise
-
-__all__ = ["DiffusionRestorer", "noise_key", "window_noise"]
+from dicmh_ray.codec.noise import normal_table
 
 EMBEDDING = 64
 NORMAL_LEVELS = 4096

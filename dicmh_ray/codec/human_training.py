@@ -9,34 +9,24 @@ Averages over 8x8 pixels are held to the original, so that the sampler invents t
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dicmh_ray.codec.checkpoint import read_checkpoint
 from dicmh_ray.codec.human import DiffusionRestorer
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher
-from dicmh_ray.codec.run_state import (
-    Report,
-    RunFolder,
-    WeightAverage,
-    cosine_fall,
-    moments_of,
-    prefixed,
-    restore_moments,
-    under,
-)
-from dicmh_ray.codec.training import PackedPhotographs
+from dicmh_ray.codec.photographs import PackedPhotographs
+from dicmh_ray.codec.run_state import Report, RunFolder
+from dicmh_ray.codec.stage import Losses, Stage, StageOptions
 from dicmh_ray.errors import WeightsError
 
 FILES = {"state": "human.safetensors", "progress": "human.json", "log": "human.jsonl"}
@@ -45,22 +35,25 @@ FILES = {"state": "human.safetensors", "progress": "human.json", "log": "human.j
 STATE_SHARES = (0.2, 0.3, 0.3, 0.15, 0.05)
 """How often each state is trained, coarsest first: what the coarse ones lack is what is generated."""
 
+SPREAD_CROPS = 24
+"""Crops that the residual's deviation at each state is measured on, before training."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HumanOptions:
+class HumanOptions(StageOptions):
     """One run of the second stage."""
 
     minutes: float = 60.0
-    """Wall-clock budget; the learning rate falls to zero over it."""
-
     batch: int = 8
-    """Crops a step."""
 
     crop: int = 128
-    """Pixels per side of a crop, a multiple of 16."""
+    """Pixels per side, a multiple of 16."""
 
     learning_rate: float = 8e-4
-    """Adam's peak rate."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.995
+    seed: int = 517
 
     denoising: float = 0.15
     """Weight of the squared error of the residual, in units of its variance."""
@@ -82,15 +75,6 @@ class HumanOptions:
 
     start_share: float = 0.5
     """Share of images at pure noise, where the sampler starts; the others are at a random time."""
-
-    ema: float = 0.995
-    """Decay of the running average of the weights that is exported."""
-
-    seed: int = 517
-    """Seed of crops and noise."""
-
-    save_seconds: float = 120.0
-    """Time between saves."""
 
 
 def train_human(
@@ -137,116 +121,114 @@ def train_human(
     network.load_state_dict(weights, strict=False)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = HumanTrainer(
-        network, photographs, folder, options=options, teacher=teacher, device=device
+    stage = HumanStage(
+        network, photographs, folder, options, teacher=teacher, device=torch.device(device)
     )
-    trainer.run(report)
+    stage.run(report)
     return network.eval()
 
 
-class HumanTrainer:
-    """Trains ``network.human`` and leaves the rest of the network as it is."""
+class HumanStage(Stage):
+    """Trains ``network.human`` and leaves the rest of the network as it is.
+
+    Args:
+        network: a trained codec whose configuration has a human restorer.
+        photographs: what to train on.
+        folder: holds the run; one that is there goes on.
+        options: the schedule.
+        teacher: weights for :class:`FeatureTeacher`.
+        device: a torch device.
+
+    Raises:
+        WeightsError: the network has no human restorer, or the teacher cannot be read.
+    """
+
+    options: HumanOptions
 
     def __init__(
         self,
         network: CodecNetwork,
         photographs: PackedPhotographs,
         folder: Path,
-        *,
         options: HumanOptions,
+        *,
         teacher: Path,
-        device: str = "cpu",
+        device: torch.device,
     ) -> None:
-        """
-        Args:
-            network: a trained codec whose configuration has a human restorer.
-            photographs: what to train on.
-            folder: holds the run; one that is there goes on.
-            options: the schedule.
-            teacher: weights for :class:`FeatureTeacher`.
-            device: a torch device.
-
-        Raises:
-            WeightsError: the network has no human restorer, or the teacher cannot be read.
-        """
         if network.human is None:
             raise WeightsError("network", "its configuration has no human restorer")
-        self.restorer: DiffusionRestorer = network.human
-        self.device = torch.device(device)
-        self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
-        self.photographs, self.options = photographs, options
-        self.folder = RunFolder(folder, **FILES)
-        self.teacher = FeatureTeacher(teacher).to(self.device)
-        for parameter in network.parameters():
-            parameter.requires_grad_(False)
-        for parameter in self.restorer.parameters():
-            parameter.requires_grad_(True)
-        self.step = 0
-        self.optimiser = torch.optim.Adam(
-            self.restorer.parameters(), lr=options.learning_rate, betas=(0.9, 0.99)
-        )
-        progress = self.folder.progress()
-        if progress is None:
-            self._measure_spread()
-        self.average = WeightAverage(self.restorer, options.ema)
-        if progress is not None:
-            self._load(progress)
+        network.requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        self._restorer = network.human.requires_grad_(True)
+        self._photographs = photographs
+        self._module = _HumanLosses(network, self._restorer, FeatureTeacher(teacher), options)
+        self._module.to(device)
+        run = RunFolder(folder, **FILES)
+        if run.progress() is None:
+            rng = np.random.default_rng(options.seed)
+            crops = photographs.crops(SPREAD_CROPS, options.crop, rng)
+            self._module.measure_spread(crops.to(device, torch.float32))
+        super().__init__({"restorer": self._restorer}, run, options, device)
 
-    def run(self, report: Report | None = None) -> None:
-        """Train for the minutes of the options; the restorer ends with its averaged weights."""
+    def make_optimisers(self) -> Sequence[torch.optim.Optimizer]:
         options = self.options
-        rng = np.random.default_rng([options.seed, self.step])
-        torch.manual_seed(options.seed + self.step)
-        started = last_save = time.monotonic()
-        since_report: dict[str, list[float]] = {}
-        self.restorer.train()
-        while (done := (time.monotonic() - started) / 60 / options.minutes) < 1:
-            rise = min(1.0, (self.step + 1) / 100)
-            for group in self.optimiser.param_groups:
-                group["lr"] = options.learning_rate * rise * cosine_fall(done)
-            terms = self._losses(rng)
-            loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
-            self.optimiser.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            norm = torch.nn.utils.clip_grad_norm_(self.restorer.parameters(), 1.0)
-            if torch.isfinite(norm):
-                self.optimiser.step()
-                self.average.update(self.restorer, self.step)
-            self.step += 1
-            for name, (_, value) in terms.items():
-                since_report.setdefault(name, []).append(float(value.detach()))
-            if self.step % 50 == 0:
-                self._report(since_report, time.monotonic() - started, report)
-                since_report = {}
-            if time.monotonic() - last_save > options.save_seconds:
-                self.save()
-                last_save = time.monotonic()
-        self.save()
-        self.restorer.load_state_dict(self.average.tensors)
-        self.restorer.eval()
+        return [
+            torch.optim.AdamW(
+                self._restorer.parameters(),
+                lr=options.learning_rate,
+                betas=(0.9, 0.99),
+                weight_decay=options.weight_decay,
+            )
+        ]
 
-    def _losses(self, rng: np.random.Generator) -> dict[str, tuple[float, Tensor]]:
-        """Name -> weight and mean over a fresh batch."""
+    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
         options = self.options
-        crops, words = self.photographs.labelled_crops(
-            options.batch, options.crop, rng, self.restorer.words
+        crops, words = self._photographs.labelled_crops(
+            options.batch, options.crop, rng, self._restorer.words
         )
         x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-        words = words.to(self.device)
-        states = self._draw_states(rng)
-        with torch.no_grad():
-            z, base, residual = self._residual(x, states)
-        time_B = torch.from_numpy(rng.random(len(x), np.float32)).to(self.device)
-        time_B[rng.random(len(x)) < options.start_share] = 1.0
         words[rng.random(len(x)) < options.tag_dropout] = 0.0
+        time_B = torch.from_numpy(rng.random(len(x), np.float32))
+        time_B[rng.random(len(x)) < options.start_share] = 1.0
+        count = len(self._restorer.spread)
+        shares = np.array([*STATE_SHARES, *([STATE_SHARES[-1]] * count)][:count])
+        states = torch.from_numpy(rng.choice(count, len(x), p=shares / shares.sum()))
+        return x, states.to(self.device), time_B.to(self.device), words.to(self.device)
+
+    def forward_module(self) -> nn.Module:
+        self._restorer.train()
+        return self._module
+
+    def progress_facts(self) -> dict[str, Any]:
+        return {"options": asdict(self.options)}
+
+
+class _HumanLosses(nn.Module):
+    """One step: crops, their states, times and words -> the terms of the loss."""
+
+    def __init__(
+        self,
+        network: CodecNetwork,
+        restorer: DiffusionRestorer,
+        teacher: FeatureTeacher,
+        options: HumanOptions,
+    ) -> None:
+        super().__init__()
+        self.network = network.eval()
+        self.restorer, self.teacher, self.options = restorer, teacher, options
+
+    def forward(self, x_B3HW: Tensor, state_B: Tensor, time_B: Tensor, words_BN: Tensor) -> Losses:
+        options = self.options
+        with torch.no_grad():
+            z, base, residual = self._residual(x_B3HW, state_B)
         t = time_B[:, None, None, None]
         noisy = (1 - t) * residual + t.sqrt() * torch.randn_like(residual)
-        found = self.restorer(noisy, z, time_B, states, words)
-        spread = self.restorer.spread[states][:, :, None, None]
+        found = self.restorer(noisy, z, time_B, state_B, words_BN)
+        spread = self.restorer.spread[state_B][:, :, None, None]
         picture = base + self.network.autoencoder.residual(found * spread)
-        wanted, made = self.teacher.activations(x), self.teacher.activations(picture)
-        halved = [self.teacher.activations(F.avg_pool2d(pixels, 2)) for pixels in (x, picture)]
-        colour = F.avg_pool2d(picture, 8) - F.avg_pool2d(x, 8)
+        detail = self.teacher.DETAIL_TAPS
+        wanted, made = (self.teacher.activations(pixels)[detail] for pixels in (x_B3HW, picture))
+        halved = [self.teacher.activations(F.avg_pool2d(pixels, 2)) for pixels in (x_B3HW, picture)]
+        colour = F.avg_pool2d(picture, 8) - F.avg_pool2d(x_B3HW, 8)
         return {
             "denoising": (options.denoising, (found - residual).square().mean()),
             "perceptual": (options.perceptual, feature_distance(wanted, made)),
@@ -255,59 +237,24 @@ class HumanTrainer:
             "colour": (options.colour, colour.square().mean()),
         }
 
-    def _draw_states(self, rng: np.random.Generator) -> Tensor:
-        count = self.network.config.num_states
-        shares = np.array([*STATE_SHARES, *([STATE_SHARES[-1]] * count)][:count])
-        drawn = rng.choice(count, self.options.batch, p=shares / shares.sum())
-        return torch.from_numpy(drawn).to(self.device)
-
-    def _residual(self, x: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Machine estimate of z, its picture, and what it lacks in units of the spread."""
-        steps = torch.tensor(self.network.config.steps, device=self.device)[states]
-        step = steps[:, None, None, None]
-        y = (self.network.encode(x) / step).round() * step
-        z = self.network.estimate(y, states)
-        base = self.network.autoencoder.decode(z)
-        missing = self.network.autoencoder.project(x - base)
-        return z, base, missing / self.restorer.spread[states][:, :, None, None]
-
     @torch.no_grad()
-    def _measure_spread(self) -> None:
-        rng = np.random.default_rng(self.options.seed)
-        for state in range(self.network.config.num_states):
-            crops = self.photographs.crops(24, self.options.crop, rng)
-            states = torch.full((len(crops),), state, device=self.device)
-            missing = self._residual(crops.to(self.device, torch.float32), states)[2]
+    def measure_spread(self, x_B3HW: Tensor) -> None:
+        """Set the restorer's units: the deviation of what each state lacks."""
+        self.restorer.spread.fill_(1.0)
+        for state in range(len(self.restorer.spread)):
+            states = torch.full((len(x_B3HW),), state, device=x_B3HW.device)
+            missing = self._residual(x_B3HW, states)[2]
             self.restorer.spread[state] = missing.square().mean((0, 2, 3)).sqrt().clamp_min(1e-3)
 
-    def _report(
-        self,
-        values: dict[str, list[float]],
-        seconds: float,
-        report: Report | None,
-    ) -> None:
-        line = {"step": self.step, "seconds": round(seconds, 1)}
-        line |= {name: round(fmean(found), 4) for name, found in values.items()}
-        self.folder.log(line, report)
-
-    def save(self) -> None:
-        """Write the stage's whole state; the previous save stays valid until it is complete."""
-        tensors = prefixed("restorer", self.restorer.state_dict())
-        tensors |= prefixed("average", self.average.tensors)
-        tensors |= moments_of(self.optimiser)
-        self.folder.save(tensors, {"step": self.step, "options": asdict(self.options)})
-
-    def _load(self, progress: dict[str, Any]) -> None:
-        tensors = self.folder.tensors()
-        self.step = int(progress["step"])
-        try:
-            self.restorer.load_state_dict(under("restorer", tensors))
-        except RuntimeError as exc:
-            raise WeightsError(
-                str(self.folder.folder), f"its human view has another shape: {exc}"
-            ) from exc
-        self.average.load(under("average", tensors))
-        restore_moments(self.optimiser, tensors)
+    def _residual(self, x_B3HW: Tensor, state_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Machine estimate of z, its picture, and what it lacks in units of the spread."""
+        steps = torch.tensor(self.network.config.steps, device=x_B3HW.device)[state_B]
+        step = steps[:, None, None, None]
+        y = (self.network.encode(x_B3HW) / step).round() * step
+        z = self.network.estimate(y, state_B)
+        base = self.network.autoencoder.decode(z)
+        missing = self.network.autoencoder.project(x_B3HW - base)
+        return z, base, missing / self.restorer.spread[state_B][:, :, None, None]
 
 
 def feature_distance(wanted: Sequence[Tensor], made: Sequence[Tensor]) -> Tensor:

@@ -26,9 +26,10 @@ from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bi
 from dicmh_ray.codec import Quality, TaggedStream, TagScore
 from dicmh_ray.codec.checkpoint import LATENT_UNIT, TAGGER_FILE, Checkpoint
 from dicmh_ray.codec.contexts import Symbols
-from dicmh_ray.codec.human import noise_key, window_noise
+from dicmh_ray.codec.framing import framed, header_of
 from dicmh_ray.codec.image_taggers import without_known
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
+from dicmh_ray.codec.noise import noise_key, window_noise
 from dicmh_ray.codec.quality import measure
 from dicmh_ray.codec.symbols import (
     MAX_SYMBOL,
@@ -156,7 +157,7 @@ class LayeredCodec:
             if view == "human":
                 stream = parse_bitstream(data)
                 noise = _Noise(noise_key(stream.states[0].payload), stream.tags)
-            images.append(_framed(self._synthesise(symbols, count - 1, noise), header))
+            images.append(framed(self._synthesise(symbols, count - 1, noise), header))
         return images
 
     def decode_reduced(
@@ -167,7 +168,7 @@ class LayeredCodec:
         for data, reduction in zip(bitstreams, reductions, strict=True):
             header, symbols, count = self._recall(data, states)
             image = self._synthesise(symbols, count - 1, reduction=reduction)
-            images.append(_framed(image, header, reduction))
+            images.append(framed(image, header, reduction))
         return images
 
     def decode_latent(
@@ -195,14 +196,10 @@ class LayeredCodec:
         exif_orientation: int,
     ) -> bytes:
         """Write a picture's stream, and decode its symbols again to be sure."""
-        header = Header(
+        header = header_of(
+            image,
             codec_id=self.codec_id,
-            width=image.shape[1],
-            height=image.shape[0],
             exif_orientation=exif_orientation,
-            is_grey=bool(
-                (image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all()
-            ),
             num_states=self.num_states,
         )
         data = write_bitstream(header, tags, coded.states)
@@ -372,17 +369,6 @@ class LayeredCodec:
             tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
             result: npt.NDArray[Any] = function(tensor).cpu().numpy()
         return result
-
-
-def _framed(
-    image: npt.NDArray[np.uint8], header: Header, reduction: int = 1
-) -> npt.NDArray[np.uint8]:
-    """A picture without the padding of its last cells, and grey where the original was."""
-    height, width = -(-header.height // reduction), -(-header.width // reduction)
-    image = np.ascontiguousarray(image[:height, :width])
-    if header.is_grey:
-        image[:] = np.rint(image.mean(2, keepdims=True, dtype=np.float32)).astype(np.uint8)
-    return image
 
 
 def load_layered_codec(

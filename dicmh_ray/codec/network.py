@@ -17,7 +17,11 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """Shape of the networks. Part of the checkpoint: it changes decoded pixels."""
+    """Shape of the networks. Part of the checkpoint: it changes decoded pixels.
+
+    The defaults are the shape of the checkpoint in the package, but for gains and human view, which
+    early checkpoints do not mention because they have none.
+    """
 
     num_luma: int = 64
     """Luma channels of z, of 64 in an 8x8 cell."""
@@ -28,16 +32,16 @@ class NetworkConfig:
     num_merged: int = 6
     """Lowest frequencies of each plane whose 2x2 neighbours y merges at the start of training."""
 
-    encoder_blocks: int = 2
+    encoder_blocks: int = 3
     """Residual blocks at 1/8 resolution between pixels and z."""
 
-    analysis_blocks: int = 3
+    analysis_blocks: int = 5
     """Bottleneck blocks at 1/16 resolution between z and y."""
 
-    synthesis_blocks: int = 4
+    synthesis_blocks: int = 8
     """Bottleneck blocks at 1/16 resolution from y back."""
 
-    restorer_blocks: int = 4
+    restorer_blocks: int = 5
     """Residual blocks at 1/8 resolution of the one-shot restorer."""
 
     hidden: int = 96

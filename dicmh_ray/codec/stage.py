@@ -47,7 +47,7 @@ class StageOptions:
     """Crops a step and process."""
 
     crop: int = 512
-    """Pixels per side, a multiple of 64."""
+    """Pixels per side."""
 
     learning_rate: float = 5e-5
     """Peak rate."""
@@ -62,9 +62,6 @@ class StageOptions:
 
     is_constant: bool = False
     """Keep the learning rate, as the official recipe does, instead of letting it fall."""
-
-    precision: str = "fp32"
-    """``fp32``, or ``bf16``: autocast around everything but the latent coder."""
 
     seed: int = 231
     save_seconds: float = 120.0
@@ -95,6 +92,7 @@ class Stage(ABC):
             name: WeightAverage(module, options.ema) for name, module in self.trained.items()
         }
         self.optimisers = self.make_optimisers()
+        self._peak_rates = [group["lr"] for group in self.optimisers[0].param_groups]
         progress = folder.progress()
         if progress is not None:
             self._load(progress)
@@ -108,7 +106,7 @@ class Stage(ABC):
         """The module whose call, with what :meth:`draw` gave, returns :data:`Losses`."""
 
     def make_optimisers(self) -> Sequence[torch.optim.Optimizer]:
-        """The optimisers; the first one follows the schedule, the others keep their rate."""
+        """The optimisers; the first one, whose groups have their peak rates, follows the schedule."""
         parameters = [p for module in self.trained.values() for p in module.parameters()]
         return [
             torch.optim.AdamW(
@@ -118,6 +116,21 @@ class Stage(ABC):
             )
         ]
 
+    def clipped(self) -> list[nn.Parameter]:
+        """Parameters whose gradient's norm is bounded.
+
+        Those of the first optimiser: others have gradients of their own size, such as those of quantiles.
+        """
+        return [p for group in self.optimisers[0].param_groups for p in group["params"]]
+
+    def warmed_up(self) -> float:
+        """Share of the learning rate, 0..1: it rises when training starts."""
+        return min(1.0, (self.step + 1) / 200)
+
+    def log_facts(self) -> dict[str, Any]:
+        """What a line of the log says beside the means of the losses; called once a line."""
+        return {}
+
     def run(self, report: Report | None = None) -> None:
         """Train until the steps or the minutes are over; the modules end with averaged weights."""
         options = self.options
@@ -126,8 +139,7 @@ class Stage(ABC):
         forward = self.forward_module()
         if self.processes > 1:
             forward = DistributedDataParallel(forward, find_unused_parameters=self.has_idle_weights)
-        # The others have gradients of their own size, such as those of quantiles.
-        clipped = [p for group in self.optimisers[0].param_groups for p in group["params"]]
+        clipped = self.clipped()
         started = last_save = time.monotonic()
         first = self.step
         sums: dict[str, float] = {}
@@ -136,10 +148,9 @@ class Stage(ABC):
             if spent >= options.minutes:
                 break
             done = max((self.step - first) / max(options.steps - first, 1), spent / options.minutes)
-            rate = min(1.0, (self.step + 1) / 200)
-            rate *= 1.0 if options.is_constant else cosine_fall(done)
-            for group in self.optimisers[0].param_groups:
-                group["lr"] = options.learning_rate * rate
+            share = self.warmed_up() * (1.0 if options.is_constant else cosine_fall(done))
+            for group, peak in zip(self.optimisers[0].param_groups, self._peak_rates, strict=True):
+                group["lr"] = share * peak
             losses: Losses = forward(*self.draw(rng))
             loss = torch.stack([weight * value for weight, value in losses.values() if weight])
             for optimiser in self.optimisers:
@@ -205,6 +216,7 @@ class Stage(ABC):
             return
         line: dict[str, Any] = {"step": self.step, "seconds": round(seconds, 1)}
         line |= {name: round(value / self.options.report_steps, 5) for name, value in sums.items()}
+        line |= self.log_facts()
         self.folder.log(line, report)
 
     def _agreed(self, minutes: float) -> float:

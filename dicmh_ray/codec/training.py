@@ -8,44 +8,35 @@ holds its whole state, and a run that is killed goes on where its last save was.
 """
 
 import dataclasses
-import io
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.torch
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dicmh_ray.codec.checkpoint import read_checkpoint
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher, StructuralDistance
+from dicmh_ray.codec.photographs import JPEG_SHARE, PackedPhotographs
 from dicmh_ray.codec.rate import ContextRate
-from dicmh_ray.codec.run_state import (
-    Report,
-    RunFolder,
-    WeightAverage,
-    cosine_fall,
-    moments_of,
-    prefixed,
-    restore_moments,
-    under,
-)
-from dicmh_ray.errors import SourceFormatError, WeightsError
+from dicmh_ray.codec.run_state import Report, RunFolder
+from dicmh_ray.codec.stage import Losses, Stage, StageOptions
+from dicmh_ray.errors import WeightsError
 
 FILES = {"state": "state.safetensors", "progress": "progress.json", "log": "log.jsonl"}
 """Of a run, in its folder."""
 
 WARM_START_STEPS = 300
 """Steps in which a run that starts from a checkpoint trains its rate model alone."""
+
+UNIT_CROPS = 64
+"""Crops that a new run measures the units of its channels on."""
 
 STRUCTURE_UNIT = 1600.0
 """``1 - MS-SSIM`` times this is about the mean squared error of the same picture, at every state."""
@@ -56,13 +47,6 @@ SEMANTICS_UNIT = 600.0
 TONE_CELL = 16
 """Pixels per side of the cells whose means MS-SSIM hardly compares, and squared error still does."""
 
-JPEG_SHARE = 0.2
-"""Share of the codec's crops that were JPEGs first, with chroma at half size, as most pictures of an
-archive were."""
-
-JPEG_QUALITIES = (75, 95)
-"""Least and greatest quality of those."""
-
 FREE_FIELDS = {"finest_step"}
 """What a network may have otherwise than the checkpoint it starts from: no weight depends on it."""
 
@@ -71,26 +55,22 @@ GROWING_FIELDS = {"encoder_blocks", "analysis_blocks", "synthesis_blocks", "rest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainOptions:
+class TrainOptions(StageOptions):
     """One training run. The network's shape is in :class:`NetworkConfig`."""
 
     steps: int = 12_000
-    """Optimiser steps of the whole run; the learning rate falls to zero over them."""
-
-    minutes: float = math.inf
-    """Wall-clock budget; the schedule is stretched or cut to end with it."""
-
     batch: int = 12
-    """Crops a step."""
 
     crop: int = 192
-    """Pixels per side of a crop, a multiple of 16."""
-
-    jpegs: float = JPEG_SHARE
-    """Share of them that were JPEGs first."""
+    """Pixels per side, a multiple of 16."""
 
     learning_rate: float = 6e-4
-    """Adam's peak rate for the networks."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.998
+
+    jpegs: float = JPEG_SHARE
+    """Share of the crops that were JPEGs first."""
 
     context_rate: float = 8.0
     """Factor on the learning rate for the rate model, which must follow the latent quickly."""
@@ -114,110 +94,12 @@ class TrainOptions:
     lambda_ratio: float = 5.3
     """Ratio of the weights of consecutive states."""
 
-    ema: float = 0.998
-    """Decay of the running average of the weights that is exported."""
-
-    seed: int = 231
-    """Seed of crops and of initialisation."""
-
-    save_seconds: float = 120.0
-    """Time between saves."""
-
     def lambdas(self, num_states: int) -> list[float]:
         """Distortion weight of each state, coarsest first."""
         return [
             self.finest_lambda / self.lambda_ratio ** (num_states - 1 - k)
             for k in range(num_states)
         ]
-
-
-class PackedPhotographs:
-    """Training photographs, decoded once, in one memory-mapped file beside its index.
-
-    ``photographs.bin`` holds the uint8 RGB samples one picture after the other;
-    ``photographs.json`` the list of ``[offset, height, width, tags]``.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / "photographs.json").read_text())
-        self.samples: npt.NDArray[np.uint8] = np.memmap(
-            folder / "photographs.bin", dtype=np.uint8, mode="r"
-        )
-        self.entries = [(int(o), int(h), int(w)) for o, h, w, *_ in index]
-        self.tags: list[tuple[str, ...]] = [
-            tuple(tags[0]) if tags else () for _, _, _, *tags in index
-        ]
-
-    def picture(self, i: int) -> npt.NDArray[np.uint8]:
-        """Picture i, uint8 ``[H, W, 3]``."""
-        offset, height, width = self.entries[i]
-        return self.samples[offset : offset + height * width * 3].reshape(height, width, 3)
-
-    def crops(
-        self, count: int, size: int, rng: np.random.Generator, *, jpegs: float = 0.0
-    ) -> Tensor:
-        """Random crops, flipped and turned, uint8 ``[count, 3, size, size]``.
-
-        A picture is drawn in proportion to its area; every third crop is a larger region halved,
-        so that the network also sees the sharper detail of smaller pictures; and a share of
-        ``jpegs`` is what a JPEG leaves of the crop (:data:`JPEG_QUALITIES`).
-        """
-        return self._cut(self._draw(count, size, rng), size, rng, jpegs)
-
-    def labelled_crops(
-        self, count: int, size: int, rng: np.random.Generator, words: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`crops`, and which of the words each picture is tagged with, ``[count, words]``."""
-        drawn = self._draw(count, size, rng)
-        present = [[float(word in self.tags[i]) for word in words] for i in drawn]
-        return self._cut(drawn, size, rng), torch.tensor(present).reshape(count, len(words))
-
-    def tagged_crops(
-        self, count: int, size: int, rng: np.random.Generator
-    ) -> tuple[Tensor, list[tuple[str, ...]]]:
-        """As :meth:`crops`, and the tags of the picture that each is from."""
-        drawn = self._draw(count, size, rng)
-        return self._cut(drawn, size, rng), [self.tags[i] for i in drawn]
-
-    def require(self, size: int) -> None:
-        """Raises SourceFormatError when no picture is large enough for crops of ``size`` pixels."""
-        largest = max((min(h, w) for _, h, w in self.entries), default=0)
-        if largest < size:
-            raise SourceFormatError(
-                "photographs", f"the largest short side is {largest} pixels, wanted {size} or more"
-            )
-
-    def _draw(self, count: int, size: int, rng: np.random.Generator) -> list[int]:
-        areas = np.array([h * w for _, h, w in self.entries], np.float64)
-        areas *= [min(h, w) >= size for _, h, w in self.entries]
-        return [int(i) for i in rng.choice(len(areas), size=count, p=areas / areas.sum())]
-
-    def _cut(
-        self, drawn: Sequence[int], size: int, rng: np.random.Generator, jpegs: float = 0.0
-    ) -> Tensor:
-        out = np.empty((len(drawn), size, size, 3), np.uint8)
-        for n, i in enumerate(drawn):
-            picture = self.picture(i)
-            factor = 2 if n % 3 == 2 and min(picture.shape[:2]) >= 2 * size else 1
-            span = size * factor
-            top = int(rng.integers(picture.shape[0] - span + 1))
-            left = int(rng.integers(picture.shape[1] - span + 1))
-            crop = picture[top : top + span, left : left + span]
-            if factor == 2:
-                wide = crop.astype(np.uint16).reshape(size, 2, size, 2, 3)
-                crop = ((wide.sum((1, 3)) + 2) >> 2).astype(np.uint8)
-            if rng.random() < jpegs:
-                crop = _through_jpeg(crop, quality=int(rng.integers(*JPEG_QUALITIES)))
-            crop = crop[:, :: 1 if rng.random() < 0.5 else -1]
-            out[n] = np.rot90(crop) if rng.random() < 0.25 else crop
-        return torch.from_numpy(out).permute(0, 3, 1, 2)
-
-
-def _through_jpeg(crop: npt.NDArray[np.uint8], *, quality: int) -> npt.NDArray[np.uint8]:
-    """A crop as a JPEG with chroma at half size gives it back."""
-    coded = io.BytesIO()
-    Image.fromarray(crop).save(coded, "JPEG", quality=quality, subsampling="4:2:0")
-    return np.asarray(Image.open(coded))
 
 
 def train(
@@ -243,7 +125,7 @@ def train(
             that goes on ignores it. The rate model, which no checkpoint holds, is fitted alone
             for the first steps. The network may be deeper than the checkpoint's.
         teacher: weights of a classifier whose features shall survive (:class:`FeatureTeacher`).
-        report: called about every 50 steps with step, seconds, and bpp and PSNR of each state.
+        report: called every 50 steps with step, seconds, loss, and bpp and PSNR of each state.
 
     Returns:
         The network with averaged weights, in evaluation mode.
@@ -251,191 +133,185 @@ def train(
     Raises:
         WeightsError: ``folder`` holds a run of another shape, or ``start_from`` has one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = _Trainer(photographs, folder, options, network, device, teacher)
-    if start_from is not None and trainer.step == 0:
-        trainer.start_from(start_from)
-    trainer.run(report)
-    return trainer.averaged().eval()
+    stage = CodecStage(
+        photographs,
+        folder,
+        options,
+        network,
+        torch.device(device),
+        start_from=start_from,
+        teacher=teacher,
+    )
+    stage.run(report)
+    return stage.network.eval()
 
 
-class _Trainer:
+class CodecStage(Stage):
+    """Trains the networks, and the rate model that stands for the tables meanwhile.
+
+    Arguments are those of :func:`train`.
+    """
+
+    options: TrainOptions
+
     def __init__(
         self,
         photographs: PackedPhotographs,
         folder: Path,
         options: TrainOptions,
         config: NetworkConfig,
-        device: str,
+        device: torch.device,
+        *,
+        start_from: str | Path | None,
         teacher: Path | None,
     ) -> None:
-        self.photographs, self.options = photographs, options
-        self.folder = RunFolder(folder, **FILES)
-        self.config, self.device = config, torch.device(device)
+        self._photographs, self._config = photographs, config
         self.network = CodecNetwork(config)
-        self.rate = ContextRate(config.y_channels, config.num_states)
-        self.step = 0
+        self.network.to(device).to(memory_format=torch.channels_last)
         self.frozen_steps = 0
-        self.loss_size = torch.ones(config.num_states)
-        progress = self.folder.progress()
-        self.network.to(self.device).to(memory_format=torch.channels_last)
-        self.rate.to(self.device)
-        self.distortion = Distortion(options, self.device, teacher)
-        if progress is None:
-            rng = np.random.default_rng(options.seed)
-            crops = photographs.crops(64, options.crop, rng)
-            self.network.initialise_units(crops.to(self.device, torch.float32))
-        self.average = WeightAverage(self.network, options.ema)
-        self.optimiser = torch.optim.Adam(
-            [
-                {"params": self.network.parameters(), "factor": 1.0},
-                {"params": self.rate.parameters(), "factor": options.context_rate},
-            ],
-            lr=options.learning_rate,
-            betas=(0.9, 0.99),
-        )
-        if progress is not None:
-            self._load(progress)
+        run = RunFolder(folder, **FILES)
+        if run.progress() is None and start_from is None:
+            crops = photographs.crops(UNIT_CROPS, options.crop, np.random.default_rng(options.seed))
+            self.network.initialise_units(crops.to(device, torch.float32))
+        elif run.progress() is None:
+            found = read_checkpoint(str(start_from))
+            weights = safetensors.torch.load(found.files["weights.safetensors"])
+            grown = NetworkConfig.from_dict(found.config["network"])
+            grow_from(self.network, grown, weights, name=str(start_from))
+            self.frozen_steps = WARM_START_STEPS
+        self._module = _CodecLosses(self.network, Distortion(options, device, teacher), options)
+        self._module.to(device)
+        trained = {
+            "network": self.network,
+            "rate": self._module.rate,
+            "sizes": self._module.sizes,
+        }
+        super().__init__(trained, run, options, device)
+        # While the rate model is fitted alone, the networks have no part in the loss.
+        self.has_idle_weights = self.step < self.frozen_steps
 
-    def start_from(self, checkpoint: str | Path) -> None:
-        """Begin with the weights of a checkpoint, and give the rate model time to fit them."""
-        found = read_checkpoint(checkpoint)
-        weights = safetensors.torch.load(found.files["weights.safetensors"])
-        config = NetworkConfig.from_dict(found.config["network"])
-        grow_from(self.network, config, weights, name=str(checkpoint))
-        self.average = WeightAverage(self.network, self.options.ema)
-        self.frozen_steps = WARM_START_STEPS
-
-    def run(self, report: Report | None) -> None:
-        options, config = self.options, self.config
-        lambdas = torch.tensor(options.lambdas(config.num_states), device=self.device)
-        steps = torch.tensor(config.steps, device=self.device)
-        rng = np.random.default_rng([options.seed, self.step])
-        started, last_save, first = time.monotonic(), time.monotonic(), self.step
-        sums = torch.zeros(3, config.num_states)
-        self.network.train()
-        self.rate.train()
-        while self.step < options.steps:
-            spent = (time.monotonic() - started) / 60
-            if spent >= options.minutes:
-                break
-            done = max((self.step - first) / max(options.steps - first, 1), spent / options.minutes)
-            learning_rate = self._warmed_up() * cosine_fall(done) * options.learning_rate
-            for group in self.optimiser.param_groups:
-                group["lr"] = learning_rate * group["factor"]
-            crops = self.photographs.crops(options.batch, options.crop, rng, jpegs=options.jpegs)
-            x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-            states = torch.from_numpy(
-                np.concatenate(
-                    [
-                        rng.permutation(config.num_states)
-                        for _ in range(-(-len(x) // config.num_states))
-                    ]
-                )[: len(x)]
-            ).to(self.device)
-            if self.step < self.frozen_steps:
-                self._fit_rate(x, steps[states], states)
-                continue
-            y, bits = self.rate(self.network.encode(x), steps[states], states)
-            faithful = states >= config.num_states - options.faithful_states
-            error, distortion = self.distortion(x, self.network.decode(y, states), faithful)
-            bpp = bits / options.crop**2
-            losses = bpp + lambdas[states] * distortion
-            self._remember(losses.detach().cpu(), states.cpu())
-            loss = (losses / self.loss_size.to(self.device)[states]).mean()
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            if torch.isfinite(norm):
-                self.optimiser.step()
-                self.average.update(self.network, self.step)
-            self.step += 1
-            sums.index_add_(
-                1, states.cpu(), torch.stack([bpp, error, torch.ones_like(bpp)]).detach().cpu()
+    def make_optimisers(self) -> Sequence[torch.optim.Optimizer]:
+        options = self.options
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.network.parameters())},
+            {
+                "params": list(self._module.rate.parameters()),
+                "lr": options.context_rate * options.learning_rate,
+            },
+        ]
+        return [
+            torch.optim.AdamW(
+                groups,
+                lr=options.learning_rate,
+                betas=(0.9, 0.99),
+                weight_decay=options.weight_decay,
             )
-            if self.step % 50 == 0:
-                self._report(sums, learning_rate, time.monotonic() - started, report)
-                sums.zero_()
-            if time.monotonic() - last_save > options.save_seconds:
-                self.save()
-                last_save = time.monotonic()
-        self.save()
+        ]
 
-    def _warmed_up(self) -> float:
-        """Share of the learning rate, 0..1: it rises when training starts and after a warm start."""
+    def clipped(self) -> list[nn.Parameter]:
+        return list(self.network.parameters())
+
+    def warmed_up(self) -> float:
         steps = self.step if self.step < self.frozen_steps else self.step - self.frozen_steps
         return min(1.0, (steps + 1) / 200)
 
-    def _fit_rate(self, x_B3HW: Tensor, step_B: Tensor, state_B: Tensor) -> None:
-        """One step of the rate model alone, while the weights of a checkpoint wait for it."""
-        with torch.no_grad():
-            latent = self.network.encode(x_B3HW)
-        _, bits = self.rate(latent, step_B, state_B)
-        self.optimiser.zero_grad(set_to_none=True)
-        (bits / bits.detach()).mean().backward()
-        self.optimiser.step()
-        self.step += 1
+    def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
+        options, num_states = self.options, self._config.num_states
+        crops = self._photographs.crops(options.batch, options.crop, rng, jpegs=options.jpegs)
+        x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
+        rounds = [rng.permutation(num_states) for _ in range(-(-len(x) // num_states))]
+        states = torch.from_numpy(np.concatenate(rounds)[: len(x)])
+        return x, states.to(self.device), self.step < self.frozen_steps
 
-    def _remember(self, losses: Tensor, states: Tensor) -> None:
-        for loss, state in zip(losses.tolist(), states.tolist(), strict=True):
-            if math.isfinite(loss):
-                weight = 0.1 if self.step < 50 else 0.01
-                self.loss_size[state] += weight * (loss - float(self.loss_size[state]))
+    def forward_module(self) -> nn.Module:
+        return self._module.train()
 
-    def _report(
-        self,
-        sums: Tensor,
-        learning_rate: float,
-        seconds: float,
-        report: Report | None,
-    ) -> None:
-        bpp, error = (sums[:2] / sums[2].clamp_min(1)).tolist()
-        line = {
-            "step": self.step,
-            "seconds": round(seconds, 1),
-            "learning_rate": learning_rate,
-            "bpp": [round(value, 4) for value in bpp],
-            "psnr": [round(10 * math.log10(255**2 / max(value, 1e-9)), 2) for value in error],
-        }
-        self.folder.log(line, report)
+    def log_facts(self) -> dict[str, Any]:
+        return self._module.take_rate_and_quality()
 
-    def averaged(self) -> CodecNetwork:
-        """The network with its averaged weights."""
-        network = CodecNetwork(self.config)
-        network.load_state_dict(self.average.tensors)
-        return network
-
-    def save(self) -> None:
-        """Write the run's whole state; the previous save stays valid until this one is complete."""
-        tensors = prefixed("network", self.network.state_dict())
-        tensors |= prefixed("average", self.average.tensors)
-        tensors |= prefixed("rate", self.rate.state_dict())
-        tensors |= moments_of(self.optimiser)
-        tensors["loss_size"] = self.loss_size
-        progress = {
-            "step": self.step,
+    def progress_facts(self) -> dict[str, Any]:
+        return {
             "frozen_steps": self.frozen_steps,
-            "network": self.config.to_dict(),
+            "network": self._config.to_dict(),
             "options": asdict(self.options),
         }
-        self.folder.save(tensors, progress)
 
     def _load(self, progress: dict[str, Any]) -> None:
-        if NetworkConfig.from_dict(progress["network"]) != self.config:
+        if NetworkConfig.from_dict(progress["network"]) != self._config:
             raise WeightsError(
                 str(self.folder.folder), "the run was started with another network shape"
             )
-        tensors = self.folder.tensors()
-        self.step = int(progress["step"])
         self.frozen_steps = int(progress["frozen_steps"])
-        self.loss_size = tensors["loss_size"]
-        self.network.load_state_dict(under("network", tensors))
-        self.rate.load_state_dict(under("rate", tensors))
-        self.average.load(under("average", tensors))
-        restore_moments(self.optimiser, tensors)
+        super()._load(progress)
+
+
+class _LossSizes(nn.Module):
+    """Running mean of each state's loss, which all states are made to count alike by."""
+
+    def __init__(self, num_states: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", torch.ones(num_states))
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(num_states))
+
+    def update(self, losses_B: Tensor, state_B: Tensor) -> None:
+        """Move towards the losses: at first to their mean, later by a hundredth each."""
+        for loss, state in zip(losses_B.tolist(), state_B.tolist(), strict=True):
+            if math.isfinite(loss):
+                self.seen[state] += 1
+                self.mean[state] += (loss - self.mean[state]) / self.seen[state].clamp_max(100)
+
+
+class _CodecLosses(nn.Module):
+    """One step: crops and their states -> the loss; sums of rate and error for the log."""
+
+    def __init__(
+        self, network: CodecNetwork, distortion: "Distortion", options: TrainOptions
+    ) -> None:
+        super().__init__()
+        config = network.config
+        self.network = network
+        self.rate = ContextRate(config.y_channels, config.num_states)
+        self.sizes = _LossSizes(config.num_states)
+        self._distortion = distortion
+        self._first_faithful = config.num_states - options.faithful_states
+        self._lambdas = torch.tensor(options.lambdas(config.num_states))
+        self._steps = torch.tensor(config.steps)
+        self._sums = torch.zeros(3, config.num_states)
+
+    def forward(self, x_B3HW: Tensor, state_B: Tensor, is_frozen: bool) -> Losses:
+        step = self._steps.to(x_B3HW.device)[state_B]
+        if is_frozen:
+            with torch.no_grad():
+                latent = self.network.encode(x_B3HW)
+            _, bits = self.rate(latent, step, state_B)
+            # The logarithm, by its gradient: every state and picture counts alike.
+            return {"loss": (1.0, (bits / bits.detach()).mean())}
+        y, bits = self.rate(self.network.encode(x_B3HW), step, state_B)
+        faithful = state_B >= self._first_faithful
+        error, distortion = self._distortion(x_B3HW, self.network.decode(y, state_B), faithful)
+        bpp = bits / (x_B3HW.shape[2] * x_B3HW.shape[3])
+        losses = bpp + self._lambdas.to(x_B3HW.device)[state_B] * distortion
+        self.sizes.update(losses.detach(), state_B)
+        facts = torch.stack([bpp, error, torch.ones_like(bpp)]).detach()
+        self._sums.index_add_(1, state_B.cpu(), facts.cpu())
+        return {"loss": (1.0, (losses / self.sizes.mean[state_B]).mean())}
+
+    def take_rate_and_quality(self) -> dict[str, list[float]]:
+        """Bits per pixel and PSNR of each state since the last call; nothing if none was decoded."""
+        bpp, error = (self._sums[:2] / self._sums[2].clamp_min(1)).tolist()
+        was_decoded = bool(self._sums[2].any())
+        self._sums.zero_()
+        if not was_decoded:
+            return {}
+        return {
+            "bpp": [round(value, 4) for value in bpp],
+            "psnr": [round(10 * math.log10(255**2 / max(value, 1e-9)), 2) for value in error],
+        }
 
 
 class Distortion:

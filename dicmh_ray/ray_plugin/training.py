@@ -26,8 +26,8 @@ from ray.train.torch import TorchTrainer
 from dicmh_ray.codec import Checkpoint, read_checkpoint
 from dicmh_ray.codec.icmh.presets import ICMH_PRESETS, largest_crop, train_icmh
 from dicmh_ray.codec.icmh.training import CODEC_FILES, PRIOR_FILES, IcmhOptions
+from dicmh_ray.codec.photographs import PackedPhotographs
 from dicmh_ray.codec.run_state import CHECKPOINT_NAME
-from dicmh_ray.codec.training import PackedPhotographs
 from dicmh_ray.errors import DicmhError, JobError
 from dicmh_ray.ray_plugin.options import RayOptions
 from dicmh_ray.recipe import pack_photographs

@@ -13,9 +13,9 @@ import torch
 from dicmh_ray.bitstream import parse_bitstream, prefix_bytes
 from dicmh_ray.codec import layered_codec, load_codec, read_checkpoint
 from dicmh_ray.codec.export import round_weights, write_checkpoint
-from dicmh_ray.codec.human import noise_key, window_noise
 from dicmh_ray.codec.layered_codec import LayeredCodec
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
+from dicmh_ray.codec.noise import noise_key, window_noise
 from dicmh_ray.codec.tables import ContextTables
 from dicmh_ray.codec.training import grow_from
 from dicmh_ray.errors import ViewError

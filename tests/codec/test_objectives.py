@@ -1,6 +1,5 @@
 """What training minimises, against independent implementations."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,36 +9,10 @@ from safetensors.torch import save_file
 
 from dicmh_ray.codec.human_training import feature_distance, texture_distance
 from dicmh_ray.codec.objectives import FeatureTeacher, StructuralDistance
+from dicmh_ray.codec.training import Distortion, TrainOptions
 from dicmh_ray.errors import WeightsError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty layers of a chain: strided at 0, 4, 11 and 22, depthwise at 1, an addition at 9."""
-    torch.manual_seed(3)
-    layers, tensors, channels = [], {}, 3
-    for i in range(40):
-        if i == 9:
-            layers.append({"i": i, "op": "add", "src": [i - 1, i - 2]})
-            continue
-        depthwise = i == 1
-        stride = 2 if i in (0, 4, 11, 22) else 1
-        size = 3 if stride == 2 or depthwise else 1
-        shape = (8, 1 if depthwise else channels, size, size)
-        layers.append(
-            {"i": i, "op": "dw" if depthwise else "conv", "src": i - 1}
-            | {"k": size, "s": stride, "relu6": i % 3 == 0}
-        )
-        tensors[f"{i}.w"] = torch.randint(0, 256, shape, dtype=torch.uint8)
-        tensors[f"{i}.scale"] = torch.tensor([0.006])
-        tensors[f"{i}.zp"] = torch.tensor([128], dtype=torch.int32)
-        tensors[f"{i}.b"] = torch.randn(8) * 0.1
-        channels = 8
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_file(tensors, path, {"layers": json.dumps(layers)})
-    return path
 
 
 def test_structural_distance_is_one_minus_ms_ssim() -> None:
@@ -70,7 +43,7 @@ def test_a_teachers_distance_is_zero_for_equal_pictures_and_grows_with_noise(
     distances = [float(teacher.distance(x, x + s * noise).mean()) for s in (0, 8, 40)]
     assert abs(distances[0]) < 1e-5
     assert distances[0] < distances[1] < distances[2]
-    assert [a.shape[2] for a in teacher.activations(x)] == [32, 16, 8, 4, 4]
+    assert [a.shape[2] for a in teacher.activations(x)] == [32, 16, 8, 4, 4, 2]
 
 
 def test_a_teacher_hands_gradients_to_the_picture_only(teacher_file: Path) -> None:
@@ -97,3 +70,23 @@ def test_the_texture_distance_ignores_where_detail_lies_and_sees_that_it_is_gone
     assert float(feature_distance([a], [turned])) > 0.05
     blurred = torch.nn.functional.avg_pool2d(a, 3, 1, 1, count_include_pad=False)
     assert float(texture_distance([a], [blurred])) > 0.3
+
+
+def test_the_faithful_states_answer_to_no_teacher_and_others_by_their_share(
+    teacher_file: Path,
+) -> None:
+    torch.manual_seed(2)
+    x = 255 * torch.rand(4, 3, 64, 64)
+    decoded = x + 20 * torch.randn_like(x)
+    faithful = torch.tensor([False, False, True, True])
+
+    def distortion(semantics: float) -> torch.Tensor:
+        options = TrainOptions(structure=0, semantics=semantics)
+        return Distortion(options, CPU, teacher_file)(x, decoded, faithful)[1]
+
+    without, half, whole = (distortion(share) for share in (0.0, 0.5, 1.0))
+    assert torch.equal(without[2:], whole[2:])
+    # The teacher looks at every other image, for two.
+    assert torch.equal(whole[1], torch.tensor(0.0))
+    assert whole[0] > 0
+    torch.testing.assert_close(half, (without + whole) / 2)

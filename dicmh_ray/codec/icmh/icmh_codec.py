@@ -30,6 +30,7 @@ from dicmh_ray.bitstream import (
 from dicmh_ray.checksum import crc32c
 from dicmh_ray.codec import Quality
 from dicmh_ray.codec.checkpoint import Checkpoint
+from dicmh_ray.codec.framing import Image, framed, header_of
 from dicmh_ray.codec.icmh.control import ControlledUNet
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
 from dicmh_ray.codec.icmh.noise import StreamNoise
@@ -82,8 +83,6 @@ MAX_REMEMBERED = 16_777_216
 
 MAX_ROUNDING = 0.51
 """Between a latent and the nearest symbol's value, fixed-point steps of means included."""
-
-Image = npt.NDArray[np.uint8]
 
 
 class _Coded(NamedTuple):
@@ -138,16 +137,12 @@ class IcmhCodec:
         images = []
         for data in bitstreams:
             stream, latents = self._decode_latents(data, states)
-            header = stream.header
             with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
                 c_BChw = self._estimate(latents)
                 if view == "human":
                     c_BChw = self._restore(c_BChw, stream)
-                image = self._pixels(c_BChw)[: header.height, : header.width]
-            if header.is_grey:
-                grey = np.rint(image.mean(2, keepdims=True, dtype=np.float32))
-                image = np.repeat(grey.astype(np.uint8), 3, 2)
-            images.append(np.ascontiguousarray(image))
+                image = self._pixels(c_BChw)
+            images.append(framed(image, stream.header))
         return images
 
     def decode_latent(
@@ -256,15 +251,8 @@ class IcmhCodec:
         """Code a picture's latents, and decode them again to be sure."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
-        header = Header(
-            codec_id=self.codec_id,
-            width=image.shape[1],
-            height=image.shape[0],
-            exif_orientation=exif_orientation,
-            is_grey=bool(
-                (image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all()
-            ),
-            num_states=1,
+        header = header_of(
+            image, codec_id=self.codec_id, exif_orientation=exif_orientation, num_states=1
         )
         coded = self._encode_latents(self._analyse(image), header, tags)
         if image.shape[0] * image.shape[1] <= MAX_REMEMBERED:

@@ -40,8 +40,9 @@ from dicmh_ray.codec.icmh.parts import (
 from dicmh_ray.codec.icmh.patch_vae import PatchVae, take_autoencoder
 from dicmh_ray.codec.icmh.text import TOKENIZER_FILES, train_tokenizer
 from dicmh_ray.codec.icmh.training import CodecStage, IcmhOptions, PriorStage
+from dicmh_ray.codec.network import NetworkConfig
+from dicmh_ray.codec.photographs import PackedPhotographs
 from dicmh_ray.codec.run_state import CHECKPOINT_NAME, Report
-from dicmh_ray.codec.training import PackedPhotographs
 from dicmh_ray.errors import WeightsError
 from dicmh_ray.tags import Vocabulary
 
@@ -64,9 +65,17 @@ class IcmhPreset:
     """Crops of 256x256, or smaller where the photographs are, that the integer entropy model is calibrated on."""
 
 
+_DEFAULT = NetworkConfig()
+
 _PATCH_VAE = VaeConfig(
     kind="patch",
-    settings={"num_luma": 64, "num_chroma": 16, "blocks": 3, "hidden": 96, "emphasis": 0.5},
+    settings={
+        "num_luma": _DEFAULT.num_luma,
+        "num_chroma": _DEFAULT.num_chroma,
+        "blocks": _DEFAULT.encoder_blocks,
+        "hidden": _DEFAULT.hidden,
+        "emphasis": 0.5,
+    },
     scaling=1.0,
 )
 """The autoencoder of the default checkpoint."""

@@ -25,9 +25,9 @@ from dicmh_ray.codec.icmh.lfgcm import LatentCoder
 from dicmh_ray.codec.icmh.parts import Parts
 from dicmh_ray.codec.icmh.sampling import noise_schedule
 from dicmh_ray.codec.icmh.text import tags_text
+from dicmh_ray.codec.photographs import PackedPhotographs
 from dicmh_ray.codec.run_state import RunFolder
 from dicmh_ray.codec.stage import Losses, Stage, StageOptions
-from dicmh_ray.codec.training import PackedPhotographs
 
 PRIOR_FILES = {"state": "prior.safetensors", "progress": "prior.json", "log": "prior.jsonl"}
 """Of the first stage, in a run's folder."""
@@ -40,7 +40,9 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IcmhOptions(StageOptions):
-    """The codec's stage. Weights are those of the paper (spec C); ``rate`` chooses the model."""
+    """The codec's stage. Weights are those of the paper (spec C); ``rate`` chooses the model.
+
+    Crops are multiples of 64 pixels per side."""
 
     diffusion: float = 1.0
     distortion: float = 1.0
@@ -62,9 +64,14 @@ class IcmhOptions(StageOptions):
     auxiliary_rate: float = 1e-3
     """Learning rate of the quantiles of z."""
 
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """With ``bf16``, autocast around everything but the latent coder."""
+
 
 class PriorStage(Stage):
     """Trains the U-Net, and the text encoder with it, to predict noise in z0."""
+
+    options: IcmhOptions
 
     def __init__(
         self,
@@ -243,19 +250,19 @@ class _NoiseLevels(nn.Module):
 
 def _draw(
     photographs: PackedPhotographs,
-    options: StageOptions,
+    options: IcmhOptions,
     text: Any,
     rng: np.random.Generator,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Crops, float 0..255, and the token ids of their tags; now and then of none."""
     crops, tags = photographs.tagged_crops(options.batch, options.crop, rng)
-    if isinstance(options, IcmhOptions) and rng.random() < options.tag_dropout:
+    if rng.random() < options.tag_dropout:
         tags = [()] * len(tags)
     ids = text.tokenize([tags_text(words) for words in tags])
     # Not channels_last: oneDNN's backward pass of the encoder then writes out of bounds (torch 2.15).
     return crops.to(device, torch.float32).contiguous(), ids.to(device)
 
 
-def _autocast(options: StageOptions, device: torch.device) -> torch.autocast:
+def _autocast(options: IcmhOptions, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")

@@ -16,8 +16,8 @@ from dicmh_ray.codec.icmh.parts import Parts
 from dicmh_ray.codec.icmh.presets import ICMH_PRESETS, train_icmh
 from dicmh_ray.codec.icmh.text import train_tokenizer
 from dicmh_ray.codec.icmh.training import CodecStage, IcmhOptions, PriorStage
+from dicmh_ray.codec.photographs import PackedPhotographs
 from dicmh_ray.codec.stage import Losses, Stage
-from dicmh_ray.codec.training import PackedPhotographs
 from dicmh_ray.errors import SourceFormatError, WeightsError
 from tests.codec.icmh.tiny_codec import (
     TINY,

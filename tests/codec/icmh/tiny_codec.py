@@ -20,7 +20,7 @@ from dicmh_ray.codec.icmh.exact import ExactEntropyModel
 from dicmh_ray.codec.icmh.parts import Parts, build_parts, write_icmh_checkpoint
 from dicmh_ray.codec.icmh.patch_vae import take_autoencoder
 from dicmh_ray.codec.icmh.text import train_tokenizer
-from dicmh_ray.codec.training import PackedPhotographs
+from dicmh_ray.codec.photographs import PackedPhotographs
 from dicmh_ray.tags import Vocabulary
 from tests.codec.icmh.small_latent_coder import lively_coder, pictures
 
