@@ -225,8 +225,7 @@ class _HumanLosses(nn.Module):
         found = self.restorer(noisy, z, time_B, state_B, words_BN)
         spread = self.restorer.spread[state_B][:, :, None, None]
         picture = base + self.network.autoencoder.residual(found * spread)
-        detail = self.teacher.DETAIL_TAPS
-        wanted, made = (self.teacher.activations(pixels)[detail] for pixels in (x_B3HW, picture))
+        wanted, made = self.teacher.activations(x_B3HW), self.teacher.activations(picture)
         halved = [self.teacher.activations(F.avg_pool2d(pixels, 2)) for pixels in (x_B3HW, picture)]
         colour = F.avg_pool2d(picture, 8) - F.avg_pool2d(x_B3HW, 8)
         return {

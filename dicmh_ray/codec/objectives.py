@@ -92,14 +92,11 @@ class FeatureTeacher(nn.Module):
     (uint8, O I H W), ``{i}.scale``, ``{i}.zp``, ``{i}.b``.
     """
 
-    TAPS = (0, 6, 13, 24, 39, 57)
-    """Layers whose activations can be compared: strides 2, 4, 8, 16, 16 and 32 of a MobileNetV2."""
+    TAPS = (0, 6, 13, 24, 39)
+    """Layers whose activations can be compared: strides 2, 4, 8, 16 and 16 of a MobileNetV2."""
 
     SEMANTIC_TAPS = slice(1, None)
     """Those of them that the SC loss compares."""
-
-    DETAIL_TAPS = slice(0, 5)
-    """Those of them whose places are small enough to say where detail is."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
