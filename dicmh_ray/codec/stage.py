@@ -106,7 +106,7 @@ class Stage(ABC):
         """The module whose call, with what :meth:`draw` gave, returns :data:`Losses`."""
 
     def make_optimisers(self) -> Sequence[torch.optim.Optimizer]:
-        """The optimisers; the first one, whose groups have their peak rates, follows the schedule."""
+        """The optimisers; the first one, made with its peak rates, follows the schedule."""
         parameters = [p for module in self.trained.values() for p in module.parameters()]
         return [
             torch.optim.AdamW(
@@ -215,6 +215,7 @@ class Stage(ABC):
         if self.rank:
             return
         line: dict[str, Any] = {"step": self.step, "seconds": round(seconds, 1)}
+        line["learning_rate"] = float(f"{self.optimisers[0].param_groups[0]['lr']:.3g}")
         line |= {name: round(value / self.options.report_steps, 5) for name, value in sums.items()}
         line |= self.log_facts()
         self.folder.log(line, report)

@@ -121,7 +121,7 @@ def test_a_stage_trains_its_own_parts_and_leaves_averages(
         assert any(not torch.equal(saved[k], saved[k.replace("module", "average")]) for k in raw)
     assert [line["step"] for line in told] == [1, 2, 3]
     assert lines(tmp_path, log) == told
-    assert set(told[0]) == {"step", "seconds"} | terms
+    assert set(told[0]) == {"step", "seconds", "learning_rate"} | terms
     assert all(np.isfinite(list(line.values())).all() for line in told)
 
 
