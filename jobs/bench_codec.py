@@ -4,7 +4,9 @@ Each picture is scaled and cut to 768 x 512, encoded, verified and decoded in th
 
     encode   = analysis network + symbols -> bytes (all states) + verification
     verify   = bytes -> symbols, as every encode does before it returns a stream
-    decode   = bytes -> symbols + synthesis network
+    decode   = bytes -> symbols + synthesis network, in the machine's native precision
+
+Last, it says how far pictures decoded in that precision are from those decoded in float32.
 
 The time of a picture is the best of the rounds, a figure is the median of the pictures, in
 milliseconds of processor time (all threads together: what stays comparable on a busy machine) and
@@ -78,6 +80,7 @@ def measure(pictures: list[Path], rounds: int, threads: int) -> dict[str, Times]
     """Median times of every stage."""
     codec = load_codec(device="cpu", threads=threads)
     fresh = load_codec(device="cpu", threads=threads)  # has not just verified the streams
+    exact = load_codec(device="cpu", threads=threads, precision="float32")
     name = "tables.safetensors"
     tables = safetensors.numpy.load(read_checkpoint().files[name])
     coder = SymbolCoder(ContextTables.from_arrays(tables, name))
@@ -103,6 +106,7 @@ def measure(pictures: list[Path], rounds: int, threads: int) -> dict[str, Times]
             ),
             "verify": best(rounds, functools.partial(decode_symbols, payloads)),
             "decode": best(rounds, functools.partial(fresh.decode, [stream])),
+            "decode in float32": best(rounds, functools.partial(exact.decode, [stream])),
         }
         times["encode: network, rest"] = (
             times["encode"] - times["encode: symbols -> bytes"] - times["verify"]
@@ -117,6 +121,39 @@ def measure(pictures: list[Path], rounds: int, threads: int) -> dict[str, Times]
         )
         for stage, taken in sorted(stages.items())
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Between pictures decoded in native precision and in float32, over all samples."""
+
+    one_level_apart: float
+    """Share of the samples."""
+
+    further_apart: float
+    """Share of the samples."""
+
+    psnr_gain: float
+    """Mean over the pictures of their PSNR in native precision less that in float32, dB."""
+
+
+def precision_difference(pictures: list[Path], threads: int) -> Difference:
+    """What native precision changes."""
+    native = load_codec(device="cpu", threads=threads)
+    exact = load_codec(device="cpu", threads=threads, precision="float32")
+    differences, gains = [], []
+    for image in map(load_picture, pictures):
+        streams = native.encode([image], tags=[()], exif_orientations=[1])
+        decoded = [codec.decode(streams)[0] for codec in (native, exact)]
+        differences.append(np.abs(decoded[0].astype(np.int16) - decoded[1]))
+        quality = native.measure([image, image], decoded)
+        gains.append(quality[0].psnr - quality[1].psnr)
+    levels = np.concatenate([d.ravel() for d in differences])
+    return Difference(
+        one_level_apart=float((levels == 1).mean()),
+        further_apart=float((levels > 1).mean()),
+        psnr_gain=statistics.fmean(gains),
+    )
 
 
 def throughput(pictures: list[Path], workers: int) -> dict[str, float]:
@@ -178,15 +215,21 @@ def main() -> None:
             print(f"{stage}: {total:.1f} images/s by {options.workers} processes together")
         return
     stages = measure(options.pictures, options.rounds, options.threads)
+    difference = precision_difference(options.pictures, options.threads)
     if options.json:
         found = {stage: asdict(times) for stage, times in stages.items()}
-        print(json.dumps({"environment": asdict(environment), "stages": found}, indent=2))
+        facts = {"stages": found, "native precision": asdict(difference)}
+        print(json.dumps({"environment": asdict(environment)} | facts, indent=2))
         return
     print("\n".join(environment.lines()))
     print(f"\n{'':28} {'CPU ms':>8} {'wall ms':>8} {'images/s/core':>14} {'images/s':>9}")
     for stage, times in stages.items():
         speeds = f"{1000 / times.cpu_ms:14.1f} {1000 / times.wall_ms:9.1f}"
         print(f"{stage:28} {times.cpu_ms:8.1f} {times.wall_ms:8.1f} {speeds}")
+    print(
+        f"\nnative precision against float32: {difference.one_level_apart:.1%} of the samples are one"
+        f" level apart, {difference.further_apart:.3%} further; PSNR {difference.psnr_gain:+.4f} dB"
+    )
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def options_for(state: int, num_states: int, minutes: float) -> TrainOptions:
         learning_rate=options.learning_rate / 3,
         finest_lambda=options.lambdas(num_states)[state],
         faithful_states=int(state >= num_states - options.faithful_states),
+        semantic_states=int(state < options.semantic_states),
     )
 
 

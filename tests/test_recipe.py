@@ -175,8 +175,8 @@ def test_training_lowers_the_loss_and_its_checkpoint_codes_pictures(
 def test_a_shift_of_tone_which_structure_hardly_sees_counts_in_full() -> None:
     options = TrainOptions(structure=0.9, semantics=0)
     x = 128 + 30 * torch.randn(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
-    error, distortion = Distortion(options, torch.device("cpu"), None)(
-        x, x + 6, torch.zeros(2, dtype=torch.bool)
+    error, distortion = Distortion(options, 5, torch.device("cpu"), None)(
+        x, x + 6, torch.zeros(2, dtype=torch.int64)
     )
     assert torch.allclose(error, torch.full((2,), 36.0), rtol=1e-3)
     assert (distortion > 35.9).all()

@@ -6,7 +6,7 @@ wanted. Everything above this layer knows codecs only as :class:`ImageCodec`.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "ImageCodec",
     "ImageTagger",
+    "Precision",
     "Quality",
     "ReducingCodec",
     "TagScore",
@@ -31,6 +32,9 @@ __all__ = [
     "load_codec",
     "read_checkpoint",
 ]
+
+Precision = Literal["auto", "float32"]
+"""What networks compute in; see :func:`load_codec`."""
 
 
 class Quality(NamedTuple):
@@ -194,6 +198,7 @@ def load_codec(
     *,
     device: str = "auto",
     threads: int | None = None,
+    precision: Precision = "auto",
 ) -> ImageCodec:
     """Load a codec: its networks, tables and verified weights.
 
@@ -201,6 +206,9 @@ def load_codec(
         checkpoint: ``"default"`` for the one in the package, or a checkpoint directory.
         device: a torch device, or ``"auto"`` for CUDA where there is one and the CPU otherwise.
         threads: CPU threads torch may use in this process; None leaves torch's choice.
+        precision: what the default codec's networks compute in. ``"auto"`` is bfloat16 where the
+            device multiplies it natively and float32 elsewhere; ``"float32"`` everywhere. Streams
+            are read alike: a few of a hundred decoded samples are one level apart.
 
     Raises:
         WeightsError: the checkpoint is missing, incomplete or damaged.
@@ -213,4 +221,4 @@ def load_codec(
         return load_icmh_codec(content, device=device, threads=threads)
     from dicmh_ray.codec.layered_codec import load_layered_codec
 
-    return load_layered_codec(content, device=device, threads=threads)
+    return load_layered_codec(content, device=device, threads=threads, precision=precision)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dicmh_ray.codec.noise import normal_table
+from dicmh_ray.codec.transform import Block
 
 EMBEDDING = 64
 NORMAL_LEVELS = 4096
@@ -51,7 +52,7 @@ class Conditioning(nn.Module):
         return vector_BE + (word_BN @ self.words) / count
 
 
-class ConditionedBlock(nn.Module):
+class ConditionedBlock(Block):
     """A bottleneck block whose narrow middle is scaled and shifted by the conditioning vector."""
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -63,11 +64,12 @@ class ConditionedBlock(nn.Module):
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)
 
-    def forward(self, x_BChw: Tensor, vector_BE: Tensor) -> Tensor:
+    def branch(self, x_BChw: Tensor, condition: Tensor | None) -> Tensor:
         hidden = self.conv(F.leaky_relu(self.reduce(x_BChw), 0.1, inplace=True))
-        scale, shift = self.modulate(vector_BE)[:, :, None, None].chunk(2, 1)
+        scale, shift = self.modulate(condition)[:, :, None, None].chunk(2, 1)
         hidden = F.leaky_relu(hidden * (1 + scale) + shift, 0.1, inplace=True)
-        return x_BChw + self.expand(hidden)
+        out: Tensor = self.expand(hidden)
+        return out
 
 
 class DiffusionRestorer(nn.Module):

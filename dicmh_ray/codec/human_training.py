@@ -27,6 +27,7 @@ from dicmh_ray.codec.objectives import FeatureTeacher
 from dicmh_ray.codec.photographs import PackedPhotographs
 from dicmh_ray.codec.run_state import Report, RunFolder
 from dicmh_ray.codec.stage import Losses, Stage, StageOptions
+from dicmh_ray.codec.transform import native_precision
 from dicmh_ray.errors import WeightsError
 
 FILES = {"state": "human.safetensors", "progress": "human.json", "log": "human.jsonl"}
@@ -158,6 +159,7 @@ class HumanStage(Stage):
         if network.human is None:
             raise WeightsError("network", "its configuration has no human restorer")
         network.requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        network.compute_in(native_precision(device))
         self._restorer = network.human.requires_grad_(True)
         self._photographs = photographs
         self._module = _HumanLosses(network, self._restorer, FeatureTeacher(teacher), options)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bitstream
-from dicmh_ray.codec import Quality, TaggedStream, TagScore
+from dicmh_ray.codec import Precision, Quality, TaggedStream, TagScore
 from dicmh_ray.codec.checkpoint import LATENT_UNIT, TAGGER_FILE, Checkpoint
 from dicmh_ray.codec.contexts import Symbols
 from dicmh_ray.codec.framing import framed, header_of
@@ -41,6 +41,7 @@ from dicmh_ray.codec.symbols import (
 from dicmh_ray.codec.tables import RATIO, ContextTables
 from dicmh_ray.codec.tagger import TaggerHead, picture_features
 from dicmh_ray.codec.tiles import Window, join_tiles, split_tiles, tiles, windows
+from dicmh_ray.codec.transform import native_precision
 from dicmh_ray.errors import (
     CodecMismatchError,
     EncodeError,
@@ -364,7 +365,7 @@ class LayeredCodec:
     def _run(
         self, function: Callable[[Tensor], Tensor], array: npt.NDArray[Any]
     ) -> npt.NDArray[Any]:
-        """Run a network on an array, in float32 whatever autocast the caller is under."""
+        """Run a network on an array, in its own precision whatever autocast the caller is under."""
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
             result: npt.NDArray[Any] = function(tensor).cpu().numpy()
@@ -372,7 +373,11 @@ class LayeredCodec:
 
 
 def load_layered_codec(
-    content: Checkpoint, *, device: str = "auto", threads: int | None = None
+    content: Checkpoint,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: Precision = "auto",
 ) -> LayeredCodec:
     """Load a checkpoint's networks and tables. Else as ``load_codec``."""
     if threads is not None:
@@ -392,5 +397,7 @@ def load_layered_codec(
     for key, value in network.state_dict().items():
         if not torch.isfinite(value).all():
             raise WeightsError(content.name, f"{key} is not finite")
+    if precision == "auto":
+        network.compute_in(native_precision(torch.device(device)))
     frozen = ContextTables.from_arrays(tables, content.name)
     return LayeredCodec(content, network, frozen, unit.numpy(), device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dicmh_ray.codec.human import DiffusionRestorer
 from dicmh_ray.codec.layered import LatentTransform, OneShotRestorer
 from dicmh_ray.codec.tables import RATIO
-from dicmh_ray.codec.transform import PatchAutoencoder
+from dicmh_ray.codec.transform import Block, PatchAutoencoder
 
 ALIGNMENT = 16
 """Pictures are padded to multiples of this many pixels: one cell of y."""
@@ -35,10 +35,10 @@ class NetworkConfig:
     encoder_blocks: int = 3
     """Residual blocks at 1/8 resolution between pixels and z."""
 
-    analysis_blocks: int = 5
+    analysis_blocks: int = 7
     """Bottleneck blocks at 1/16 resolution between z and y."""
 
-    synthesis_blocks: int = 8
+    synthesis_blocks: int = 10
     """Bottleneck blocks at 1/16 resolution from y back."""
 
     restorer_blocks: int = 5
@@ -163,6 +163,12 @@ class CodecNetwork(nn.Module):
         """Dequantised y and the state of each image -> the machine estimate of z."""
         z: Tensor = self.restorer(self.latent.synthesise(y_BCij, state_B), state_B)
         return z
+
+    def compute_in(self, precision: torch.dtype) -> None:
+        """Compute what the blocks add, nearly all of the work, in float32 or in bfloat16."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.precision = precision
 
     @torch.no_grad()
     def initialise_units(self, x_B3HW: Tensor) -> None:

@@ -92,8 +92,8 @@ class FeatureTeacher(nn.Module):
     (uint8, O I H W), ``{i}.scale``, ``{i}.zp``, ``{i}.b``.
     """
 
-    TAPS = (0, 6, 13, 24, 39)
-    """Layers whose activations can be compared: strides 2, 4, 8, 16 and 16 of a MobileNetV2."""
+    TAPS = (0, 6, 13, 24, 39, 57)
+    """Layers whose activations can be compared: strides 2, 4, 8, 16, 16 and 32 of a MobileNetV2."""
 
     SEMANTIC_TAPS = slice(1, None)
     """Those of them that the SC loss compares."""
@@ -106,6 +106,8 @@ class FeatureTeacher(nn.Module):
             with safetensors.safe_open(path, "pt") as file:
                 layers = json.loads((file.metadata() or {})["layers"])
             self._layers: list[dict[str, Any]] = layers[: 1 + max(self.TAPS)]
+            if len(self._layers) <= max(self.TAPS):
+                raise ValueError(f"{len(layers)} layers, wanted {1 + max(self.TAPS)} or more")
             tensors = safetensors.torch.load(content)
             for layer in self._layers:
                 if layer["op"] != "add":

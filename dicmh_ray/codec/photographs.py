@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dicmh_ray.codec.patterns import lay_pattern
 from dicmh_ray.errors import SourceFormatError
 
 JPEG_SHARE = 0.2
@@ -19,6 +20,9 @@ archive were."""
 
 JPEG_QUALITIES = (75, 95)
 """Least and greatest quality of those."""
+
+PATTERN_SHARE = 0.12
+"""Share of the codec's crops with a drawn pattern: fine regular textures, letters."""
 
 
 class PackedPhotographs:
@@ -44,15 +48,22 @@ class PackedPhotographs:
         return self.samples[offset : offset + height * width * 3].reshape(height, width, 3)
 
     def crops(
-        self, count: int, size: int, rng: np.random.Generator, *, jpegs: float = 0.0
+        self,
+        count: int,
+        size: int,
+        rng: np.random.Generator,
+        *,
+        patterns: float = 0.0,
+        jpegs: float = 0.0,
     ) -> Tensor:
         """Random crops, flipped and turned, uint8 ``[count, 3, size, size]``.
 
         A picture is drawn in proportion to its area; every third crop is a larger region halved,
-        so that the network also sees the sharper detail of smaller pictures; and a share of
-        ``jpegs`` is what a JPEG leaves of the crop (:data:`JPEG_QUALITIES`).
+        so that the network also sees the sharper detail of smaller pictures. A share of
+        ``patterns`` has a drawn pattern laid over it (:func:`lay_pattern`), and a share of ``jpegs``
+        is what a JPEG leaves of the crop (:data:`JPEG_QUALITIES`).
         """
-        return self._cut(self._draw(count, size, rng), size, rng, jpegs)
+        return self._cut(self._draw(count, size, rng), size, rng, patterns=patterns, jpegs=jpegs)
 
     def labelled_crops(
         self, count: int, size: int, rng: np.random.Generator, words: Sequence[str]
@@ -83,7 +94,13 @@ class PackedPhotographs:
         return [int(i) for i in rng.choice(len(areas), size=count, p=areas / areas.sum())]
 
     def _cut(
-        self, drawn: Sequence[int], size: int, rng: np.random.Generator, jpegs: float = 0.0
+        self,
+        drawn: Sequence[int],
+        size: int,
+        rng: np.random.Generator,
+        *,
+        patterns: float = 0.0,
+        jpegs: float = 0.0,
     ) -> Tensor:
         out = np.empty((len(drawn), size, size, 3), np.uint8)
         for n, i in enumerate(drawn):
@@ -94,8 +111,11 @@ class PackedPhotographs:
             left = int(rng.integers(picture.shape[1] - span + 1))
             crop = picture[top : top + span, left : left + span]
             if factor == 2:
-                wide = crop.astype(np.uint16).reshape(size, 2, size, 2, 3)
-                crop = ((wide.sum((1, 3)) + 2) >> 2).astype(np.uint8)
+                wide = crop.astype(np.uint16)
+                rows = wide[::2] + wide[1::2]
+                crop = ((rows[:, ::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
+            if rng.random() < patterns:
+                crop = lay_pattern(crop, rng)
             if rng.random() < jpegs:
                 crop = _through_jpeg(crop, quality=int(rng.integers(*JPEG_QUALITIES)))
             crop = crop[:, :: 1 if rng.random() < 0.5 else -1]

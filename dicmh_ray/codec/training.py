@@ -23,10 +23,11 @@ from torch.nn import functional as F
 from dicmh_ray.codec.checkpoint import read_checkpoint
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher, StructuralDistance
-from dicmh_ray.codec.photographs import JPEG_SHARE, PackedPhotographs
+from dicmh_ray.codec.photographs import JPEG_SHARE, PATTERN_SHARE, PackedPhotographs
 from dicmh_ray.codec.rate import ContextRate
 from dicmh_ray.codec.run_state import Report, RunFolder
 from dicmh_ray.codec.stage import Losses, Stage, StageOptions
+from dicmh_ray.codec.transform import native_precision
 from dicmh_ray.errors import WeightsError
 
 FILES = {"state": "state.safetensors", "progress": "progress.json", "log": "log.jsonl"}
@@ -72,6 +73,9 @@ class TrainOptions(StageOptions):
     jpegs: float = JPEG_SHARE
     """Share of the crops that were JPEGs first."""
 
+    patterns: float = PATTERN_SHARE
+    """Share of the crops with a drawn pattern."""
+
     context_rate: float = 8.0
     """Factor on the learning rate for the rate model, which must follow the latent quickly."""
 
@@ -85,8 +89,11 @@ class TrainOptions(StageOptions):
     semantics: float = 0.3
     """Share that is the distance of a teacher's features; without a teacher it is squared error."""
 
+    semantic_states: int = 3
+    """First states, at whose bytes machines read pictures, and that alone have semantics."""
+
     faithful_states: int = 1
-    """Last states, by whose PSNR archives keep pictures: less structure, no semantics."""
+    """Last states, by whose PSNR archives keep pictures: less structure."""
 
     faithful_structure: float = 0.3
     """Share of structure there."""
@@ -171,6 +178,7 @@ class CodecStage(Stage):
         self._photographs, self._config = photographs, config
         self.network = CodecNetwork(config)
         self.network.to(device).to(memory_format=torch.channels_last)
+        self.network.compute_in(native_precision(device))
         self.frozen_steps = 0
         run = RunFolder(folder, **FILES)
         if run.progress() is None and start_from is None:
@@ -182,7 +190,9 @@ class CodecStage(Stage):
             grown = NetworkConfig.from_dict(found.config["network"])
             grow_from(self.network, grown, weights, name=str(start_from))
             self.frozen_steps = WARM_START_STEPS
-        self._module = _CodecLosses(self.network, Distortion(options, device, teacher), options)
+        self._module = _CodecLosses(
+            self.network, Distortion(options, config.num_states, device, teacher), options
+        )
         self._module.to(device)
         trained = {
             "network": self.network,
@@ -220,7 +230,9 @@ class CodecStage(Stage):
 
     def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
         options, num_states = self.options, self._config.num_states
-        crops = self._photographs.crops(options.batch, options.crop, rng, jpegs=options.jpegs)
+        crops = self._photographs.crops(
+            options.batch, options.crop, rng, patterns=options.patterns, jpegs=options.jpegs
+        )
         x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         rounds = [rng.permutation(num_states) for _ in range(-(-len(x) // num_states))]
         states = torch.from_numpy(np.concatenate(rounds)[: len(x)])
@@ -278,7 +290,6 @@ class _CodecLosses(nn.Module):
         self.rate = ContextRate(config.y_channels, config.num_states)
         self.sizes = _LossSizes(config.num_states)
         self._distortion = distortion
-        self._first_faithful = config.num_states - options.faithful_states
         self._lambdas = torch.tensor(options.lambdas(config.num_states))
         self._steps = torch.tensor(config.steps)
         self._sums = torch.zeros(3, config.num_states)
@@ -292,8 +303,8 @@ class _CodecLosses(nn.Module):
             # The logarithm, so that every state and picture counts alike.
             return {"log_bits": (1.0, bits.log().mean())}
         y, bits = self.rate(self.network.encode(x_B3HW), step, state_B)
-        faithful = state_B >= self._first_faithful
-        error, distortion = self._distortion(x_B3HW, self.network.decode(y, state_B), faithful)
+        decoded = self.network.decode(y, state_B)
+        error, distortion = self._distortion(x_B3HW, decoded, state_B)
         bpp = bits / (x_B3HW.shape[2] * x_B3HW.shape[3])
         losses = bpp + self._lambdas.to(x_B3HW.device)[state_B] * distortion
         self.sizes.update(losses.detach(), state_B)
@@ -317,33 +328,38 @@ class _CodecLosses(nn.Module):
 class Distortion:
     """Squared error, structure and features of a batch, in the proportions of the options."""
 
-    def __init__(self, options: TrainOptions, device: torch.device, teacher: Path | None) -> None:
-        self._options = options
+    def __init__(
+        self, options: TrainOptions, num_states: int, device: torch.device, teacher: Path | None
+    ) -> None:
+        states = torch.arange(num_states, device=device)
+        is_faithful = states >= num_states - options.faithful_states
+        is_semantic = states < options.semantic_states
+        self._structure = torch.where(is_faithful, options.faithful_structure, options.structure)
+        self._semantics = torch.where(is_semantic, options.semantics, 0.0)
         self._teacher = FeatureTeacher(teacher).to(device) if teacher is not None else None
         self._distance = StructuralDistance(options.crop, device) if options.structure else None
 
     def __call__(
-        self, x_B3HW: Tensor, decoded_B3HW: Tensor, faithful_B: Tensor
+        self, x_B3HW: Tensor, decoded_B3HW: Tensor, state_B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Mean squared error and distortion of each image, both ``[B]``.
 
-        ``faithful_B`` is True for images that are decoded from one of the faithful states.
+        ``state_B`` is the state that each was decoded from, int64.
         """
-        options = self._options
         error = (decoded_B3HW - x_B3HW).square().mean((1, 2, 3))
         mixed = error
         if self._distance is not None:
             distance = STRUCTURE_UNIT * self._distance(x_B3HW, decoded_B3HW)
             # Structure stands for the error inside cells: pale walls turn patchy without their tone.
             tone = F.avg_pool2d(decoded_B3HW - x_B3HW, TONE_CELL).square().mean((1, 2, 3))
-            share = torch.where(faithful_B, options.faithful_structure, options.structure)
-            mixed = mixed + share * (distance + tone - error)
-        if self._teacher is not None and options.semantics:
-            # At half size, as analysis networks see photographs; every other image, for its cost.
-            pair = (F.avg_pool2d(images[::2], 2) for images in (x_B3HW, decoded_B3HW))
-            every_other = torch.zeros_like(mixed)
-            every_other[::2] = 2 * SEMANTICS_UNIT * self._teacher.distance(*pair)
-            mixed = mixed + torch.where(faithful_B, 0.0, options.semantics) * (every_other - error)
+            mixed = mixed + self._structure[state_B] * (distance + tone - error)
+        share = self._semantics[state_B]
+        read = share.nonzero()[:, 0]
+        if self._teacher is not None and len(read):
+            # At half size, as analysis networks see photographs.
+            pair = (F.avg_pool2d(images[read], 2) for images in (x_B3HW, decoded_B3HW))
+            distance = SEMANTICS_UNIT * self._teacher.distance(*pair)
+            mixed = mixed.index_add(0, read, share[read] * (distance - error[read]))
         return error, mixed
 
 

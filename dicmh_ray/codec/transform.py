@@ -49,8 +49,45 @@ def patch_basis(num_luma: int = 64, num_chroma: int = 16) -> Tensor:
     return torch.stack(kernels)
 
 
-class ResidualBlock(nn.Module):
-    """``x + conv(act(conv(x)))``; the last convolution starts at zero, so the block is the identity.
+class Block(nn.Module):
+    """Adds to its input what its branch makes of it.
+
+    The input stays in float32. The branch, where nearly all multiplications are, is computed in
+    :attr:`precision`: its error is small against what it is added to.
+    """
+
+    precision = torch.float32
+
+    def forward(self, x_BChw: Tensor, condition: Tensor | None = None) -> Tensor:
+        return x_BChw + self.branch_in_precision(x_BChw, condition)
+
+    def branch_in_precision(self, x_BChw: Tensor, condition: Tensor | None) -> Tensor:
+        """The branch, computed in :attr:`precision`, or in float32 in the caller's."""
+        if self.precision == torch.float32:
+            return self.branch(x_BChw, condition)
+        with torch.autocast(x_BChw.device.type, self.precision):
+            return self.branch(x_BChw, condition)
+
+    def branch(self, x_BChw: Tensor, condition: Tensor | None) -> Tensor:
+        """What the block adds to its input; ``condition`` is the state of each image, or a vector."""
+        raise NotImplementedError
+
+
+def native_precision(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, and float32 elsewhere."""
+    if device.type == "cuda":
+        is_native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # Unknown to early versions of torch, which compute in float32 then.
+        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        is_native = device.type == "cpu" and (
+            found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+        )
+    return torch.bfloat16 if is_native else torch.float32
+
+
+class ResidualBlock(Block):
+    """Two 3x3 convolutions; the last one starts at zero, so the block is the identity.
 
     With ``num_states`` the hidden activations are scaled and shifted by the state.
     """
@@ -63,14 +100,15 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(_bias(self.conv_out))
 
-    def forward(self, x_BChw: Tensor, state_B: Tensor | None = None) -> Tensor:
+    def branch(self, x_BChw: Tensor, condition: Tensor | None) -> Tensor:
         hidden = self.conv_in(x_BChw)
         if self.film is not None:
-            hidden = self.film(hidden, state_B)
-        return x_BChw + self.conv_out(F.leaky_relu(hidden, 0.1, inplace=True))
+            hidden = self.film(hidden, condition)
+        out: Tensor = self.conv_out(F.leaky_relu(hidden, 0.1, inplace=True))
+        return out
 
 
-class BottleneckBlock(nn.Module):
+class BottleneckBlock(Block):
     """As :class:`ResidualBlock`, with its 3x3 convolution in a narrow middle."""
 
     def __init__(self, channels: int, hidden: int, *, num_states: int = 0) -> None:
@@ -82,14 +120,10 @@ class BottleneckBlock(nn.Module):
         nn.init.zeros_(self.expand.weight)
         nn.init.zeros_(_bias(self.expand))
 
-    def forward(self, x_BChw: Tensor, state_B: Tensor | None = None) -> Tensor:
-        return x_BChw + self.branch(x_BChw, state_B)
-
-    def branch(self, x_BChw: Tensor, state_B: Tensor | None) -> Tensor:
-        """What the block adds to its input."""
+    def branch(self, x_BChw: Tensor, condition: Tensor | None) -> Tensor:
         hidden = self.conv(F.leaky_relu(self.reduce(x_BChw), 0.1, inplace=True))
         if self.film is not None:
-            hidden = self.film(hidden, state_B)
+            hidden = self.film(hidden, condition)
         out: Tensor = self.expand(F.leaky_relu(hidden, 0.1, inplace=True))
         return out
 
@@ -106,7 +140,7 @@ class ActivityGain(BottleneckBlock):
 
     def forward(self, x_BChw: Tensor, state_B: Tensor | None = None) -> Tensor:
         """Coefficients, in units of their deviation -> logarithm of the gain, both ``[B, C, i, j]``."""
-        log_gain = self.branch(x_BChw.abs().log1p(), state_B)
+        log_gain = self.branch_in_precision(x_BChw.abs().log1p(), state_B).float()
         return self.MAX_LOG * torch.tanh(log_gain / self.MAX_LOG)
 
 
@@ -121,7 +155,7 @@ class StateFilm(nn.Module):
     def forward(self, x_BChw: Tensor, state_B: Tensor | None) -> Tensor:
         if state_B is None:
             raise ValueError("a block with states needs to be told the state of each image")
-        scale, shift = self.scale[state_B], self.shift[state_B]
+        scale, shift = (p[state_B].to(x_BChw.dtype) for p in (self.scale, self.shift))
         return x_BChw * scale[:, :, None, None] + shift[:, :, None, None]
 
 

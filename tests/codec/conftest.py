@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-STRIDED = (0, 4, 11, 22)
+STRIDED = (0, 4, 11, 22, 45)
 
 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of 40 layers in a chain: some strided, depthwise at 1, an addition at 9."""
+    """A classifier of 58 layers in a chain: some strided, depthwise at 1, an addition at 9."""
     torch.manual_seed(3)
     layers, tensors, channels = [], {}, 3
-    for i in range(40):
+    for i in range(58):
         if i == 9:
             layers.append({"i": i, "op": "add", "src": [i - 1, i - 2]})
             continue

@@ -11,8 +11,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from dicmh_ray.bitstream import prefix_bytes
-from dicmh_ray.codec import ImageCodec, load_codec, read_checkpoint
+from dicmh_ray.codec import ImageCodec, layered_codec, load_codec, read_checkpoint
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
+from dicmh_ray.codec.transform import native_precision
 
 JPEG_QUALITIES = (5, 10, 20, 30, 40, 55, 70, 85)
 
@@ -79,6 +80,41 @@ def test_what_a_pixel_costs_is_what_the_model_card_says() -> None:
     machine = estimate + synthesis
     found = [round(cost, 1) for cost in (encode, machine, machine + diffusion)]
     assert found == [14.9, 23.0, 74.2]
+
+
+def test_native_precision_and_float32_decode_to_nearly_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layered_codec, "native_precision", lambda _: torch.bfloat16)
+    reduced = load_codec(device="cpu")
+    exact = load_codec(device="cpu", precision="float32")
+    rng = np.random.default_rng(4)
+    coarse = rng.integers(0, 255, (12, 16, 3)).repeat(16, 0).repeat(16, 1)
+    image = (coarse + rng.normal(0, 12, coarse.shape)).clip(0, 255).astype(np.uint8)
+    streams = exact.encode([image], tags=[()], exif_orientations=[1])
+    for view, most in (("machine", 0.001), ("human", 0.03)):
+        for states in (1, 3, 5):
+            pair = [c.decode(streams, states=states, view=view)[0] for c in (reduced, exact)]
+            apart = np.abs(pair[0].astype(int) - pair[1])
+            assert 0 < (apart > 0).mean() < 0.3
+            assert (apart > 1).mean() < most
+            assert apart.max() <= 5
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "wanted"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_native_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], wanted: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert native_precision(torch.device("cpu")) == wanted
+    assert native_precision(torch.device("meta")) == torch.float32
 
 
 def test_on_kodak_each_state_is_better_and_all_need_fewer_bytes_than_jpeg(

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from dicmh_ray.codec.human_training import feature_distance, texture_distance
 from dicmh_ray.codec.objectives import FeatureTeacher, StructuralDistance
-from dicmh_ray.codec.training import Distortion, TrainOptions
+from dicmh_ray.codec.training import SEMANTICS_UNIT, Distortion, TrainOptions
 from dicmh_ray.errors import WeightsError
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_a_teachers_distance_is_zero_for_equal_pictures_and_grows_with_noise(
     distances = [float(teacher.distance(x, x + s * noise).mean()) for s in (0, 8, 40)]
     assert abs(distances[0]) < 1e-5
     assert distances[0] < distances[1] < distances[2]
-    assert [a.shape[2] for a in teacher.activations(x)] == [32, 16, 8, 4, 4]
+    assert [a.shape[2] for a in teacher.activations(x)] == [32, 16, 8, 4, 4, 2]
 
 
 def test_a_teacher_hands_gradients_to_the_picture_only(teacher_file: Path) -> None:
@@ -63,6 +63,13 @@ def test_a_file_that_describes_no_layers_is_no_teacher(tmp_path: Path) -> None:
         FeatureTeacher(path)
 
 
+def test_a_classifier_without_the_layers_that_are_compared_is_no_teacher(tmp_path: Path) -> None:
+    path = tmp_path / "short.safetensors"
+    save_file({"a": torch.zeros(2)}, path, {"layers": "[]"})
+    with pytest.raises(WeightsError, match="0 layers, wanted 58"):
+        FeatureTeacher(path)
+
+
 def test_the_texture_distance_ignores_where_detail_lies_and_sees_that_it_is_gone() -> None:
     a = torch.rand(2, 5, 16, 16)
     turned = a.reshape(2, 5, 2, 8, 2, 8).flip(3, 5).reshape(2, 5, 16, 16)
@@ -72,21 +79,22 @@ def test_the_texture_distance_ignores_where_detail_lies_and_sees_that_it_is_gone
     assert float(texture_distance([a], [blurred])) > 0.3
 
 
-def test_the_faithful_states_answer_to_no_teacher_and_others_by_their_share(
+def test_the_first_states_answer_to_a_teacher_by_its_share_and_others_do_not(
     teacher_file: Path,
 ) -> None:
     torch.manual_seed(2)
     x = 255 * torch.rand(4, 3, 64, 64)
     decoded = x + 20 * torch.randn_like(x)
-    faithful = torch.tensor([False, False, True, True])
+    states = torch.tensor([3, 1, 4, 2])
 
     def distortion(semantics: float) -> torch.Tensor:
-        options = TrainOptions(structure=0, semantics=semantics)
-        return Distortion(options, CPU, teacher_file)(x, decoded, faithful)[1]
+        options = TrainOptions(structure=0, semantics=semantics, semantic_states=3)
+        return Distortion(options, 5, CPU, teacher_file)(x, decoded, states)[1]
 
     without, half, whole = (distortion(share) for share in (0.0, 0.5, 1.0))
-    assert torch.equal(without[2:], whole[2:])
-    # The teacher looks at every other image, for two.
-    assert torch.equal(whole[1], torch.tensor(0.0))
-    assert whole[0] > 0
+    assert torch.equal(without[::2], whole[::2])
+    distance = FeatureTeacher(teacher_file).distance(
+        *(torch.nn.functional.avg_pool2d(images[1::2], 2) for images in (x, decoded))
+    )
+    torch.testing.assert_close(whole[1::2], SEMANTICS_UNIT * distance)
     torch.testing.assert_close(half, (without + whole) / 2)
