@@ -182,7 +182,7 @@ class HumanStage(Stage):
             )
         ]
 
-    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    def draw(self, step: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
         options = self.options
         crops, words = self._photographs.labelled_crops(
             options.batch, options.crop, rng, self._restorer.words

@@ -106,8 +106,6 @@ class FeatureTeacher(nn.Module):
             with safetensors.safe_open(path, "pt") as file:
                 layers = json.loads((file.metadata() or {})["layers"])
             self._layers: list[dict[str, Any]] = layers[: 1 + max(self.TAPS)]
-            if len(self._layers) <= max(self.TAPS):
-                raise ValueError(f"{len(layers)} layers, wanted {1 + max(self.TAPS)} or more")
             tensors = safetensors.torch.load(content)
             for layer in self._layers:
                 if layer["op"] != "add":
@@ -119,6 +117,10 @@ class FeatureTeacher(nn.Module):
                     self.register_buffer(f"bias_{i}", tensors[f"{i}.b"])
         except (KeyError, ValueError, safetensors.SafetensorError) as exc:
             raise WeightsError(str(path), f"no teacher: {exc}") from exc
+        if len(self._layers) <= max(self.TAPS):
+            raise WeightsError(
+                str(path), f"no teacher: {len(layers)} layers, wanted {1 + max(self.TAPS)} or more"
+            )
 
     def activations(self, x_B3HW: Tensor) -> list[Tensor]:
         """Sample values 0..255 -> activations at :attr:`TAPS`, ``[B, C, H / stride, W / stride]``."""

@@ -5,10 +5,13 @@ process and for several: where ``torch.distributed`` has been set up (``torchrun
 process draws other crops, gradients are averaged, and the first one writes the files.
 """
 
+import itertools
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +31,9 @@ from dicmh_ray.codec.run_state import (
     under,
 )
 from dicmh_ray.errors import WeightsError
+
+DRAWING_THREADS = 6
+"""Threads that draw crops ahead of a GPU, which takes less time for a step than one thread for its crops."""
 
 Losses = Mapping[str, tuple[float, Tensor]]
 """Name -> weight and mean over a batch. A weight of 0 is reported and not minimised."""
@@ -88,6 +94,7 @@ class Stage(ABC):
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank() if is_distributed else 0
         self.processes = torch.distributed.get_world_size() if is_distributed else 1
+        self.drawing_threads = DRAWING_THREADS if device.type == "cuda" else 0
         self.averages = {
             name: WeightAverage(module, options.ema) for name, module in self.trained.items()
         }
@@ -98,8 +105,8 @@ class Stage(ABC):
             self._load(progress)
 
     @abstractmethod
-    def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
-        """Arguments of the forward pass for one step."""
+    def draw(self, step: int, rng: np.random.Generator) -> tuple[Any, ...]:
+        """Arguments of the forward pass of a step; several steps may be drawn at the same time."""
 
     @abstractmethod
     def forward_module(self) -> nn.Module:
@@ -134,7 +141,6 @@ class Stage(ABC):
     def run(self, report: Report | None = None) -> None:
         """Train until the steps or the minutes are over; the modules end with averaged weights."""
         options = self.options
-        rng = np.random.default_rng([options.seed, self.step, self.rank])
         torch.manual_seed(options.seed + self.step + 7919 * self.rank)
         forward = self.forward_module()
         if self.processes > 1:
@@ -143,7 +149,7 @@ class Stage(ABC):
         started = last_save = time.monotonic()
         first = self.step
         sums: dict[str, float] = {}
-        while self.step < options.steps:
+        for drawn in self._draws():
             spent = self._agreed((time.monotonic() - started) / 60)
             if spent >= options.minutes:
                 break
@@ -151,7 +157,7 @@ class Stage(ABC):
             share = self.warmed_up() * (1.0 if options.is_constant else cosine_fall(done))
             for group, peak in zip(self.optimisers[0].param_groups, self._peak_rates, strict=True):
                 group["lr"] = share * peak
-            losses: Losses = forward(*self.draw(rng))
+            losses: Losses = forward(*drawn)
             loss = torch.stack([weight * value for weight, value in losses.values() if weight])
             for optimiser in self.optimisers:
                 optimiser.zero_grad(set_to_none=True)
@@ -175,6 +181,30 @@ class Stage(ABC):
         for name, module in self.trained.items():
             module.load_state_dict(self.averages[name].tensors)
             module.eval()
+
+    def _draws(self) -> Iterator[tuple[Any, ...]]:
+        """What each step sees, which depends on its number alone: a run that goes on sees what it would have."""
+
+        def drawn(step: int) -> tuple[Any, ...]:
+            seed = [self.options.seed, step, self.rank]
+            return self.draw(step, np.random.default_rng(seed))
+
+        steps = range(self.step, self.options.steps)
+        if not self.drawing_threads:
+            yield from map(drawn, steps)
+            return
+        pool = ThreadPoolExecutor(self.drawing_threads)
+        try:
+            ahead: deque[Future[tuple[Any, ...]]] = deque()
+            left = iter(steps)
+            while True:
+                wanted = 2 * self.drawing_threads - len(ahead)
+                ahead.extend(pool.submit(drawn, step) for step in itertools.islice(left, wanted))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def save(self) -> None:
         """Write the stage's whole state; the previous save stays valid until it is complete."""

@@ -228,7 +228,7 @@ class CodecStage(Stage):
         steps = self.step if self.step < self.frozen_steps else self.step - self.frozen_steps
         return min(1.0, (steps + 1) / 200)
 
-    def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
+    def draw(self, step: int, rng: np.random.Generator) -> tuple[Any, ...]:
         options, num_states = self.options, self._config.num_states
         crops = self._photographs.crops(
             options.batch, options.crop, rng, patterns=options.patterns, jpegs=options.jpegs
@@ -236,7 +236,7 @@ class CodecStage(Stage):
         x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         rounds = [rng.permutation(num_states) for _ in range(-(-len(x) // num_states))]
         states = torch.from_numpy(np.concatenate(rounds)[: len(x)])
-        return x, states.to(self.device), self.step < self.frozen_steps
+        return x, states.to(self.device), step < self.frozen_steps
 
     def forward_module(self) -> nn.Module:
         return self._module.train()

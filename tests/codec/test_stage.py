@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class Distance(nn.Module):
 class LineStage(Stage):
     """Trains two numbers."""
 
+    delays = (0.0,)
+    """Seconds that the draws of consecutive steps take."""
+
     def __init__(self, folder: Path, options: StageOptions) -> None:
         torch.manual_seed(5)
         line = nn.Linear(1, 1)
@@ -39,7 +43,8 @@ class LineStage(Stage):
         self.seen: list[float] = []
         super().__init__({"line": line}, RunFolder(folder, **FILES), options, torch.device("cpu"))
 
-    def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
+    def draw(self, step: int, rng: np.random.Generator) -> tuple[Any, ...]:
+        time.sleep(self.delays[step % len(self.delays)])
         points = torch.from_numpy(rng.normal(size=(8, 1)).astype(np.float32))
         self.seen.append(float(points.sum()))
         return (points,)
@@ -110,3 +115,42 @@ def test_a_stage_that_is_run_again_goes_on_from_its_last_save(tmp_path: Path) ->
     assert moments == [optimiser.state_dict()["state"] for optimiser in first.optimisers]
     again.run()
     assert (again.step, len(again.seen)) == (5, 2)
+
+
+def test_a_run_that_goes_on_sees_what_it_would_have_seen(tmp_path: Path) -> None:
+    options = StageOptions(steps=5, learning_rate=0.02)
+    whole = LineStage(tmp_path / "whole", options)
+    whole.run()
+    begun = LineStage(tmp_path / "parts", dataclasses.replace(options, steps=2))
+    begun.run()
+    ended = LineStage(tmp_path / "parts", options)
+    ended.run()
+    assert begun.seen + ended.seen == whole.seen
+    assert len(set(whole.seen)) == 5
+
+
+def test_steps_that_threads_draw_ahead_come_in_order_and_are_the_same(tmp_path: Path) -> None:
+    options = StageOptions(steps=20, learning_rate=0.02)
+    plain = LineStage(tmp_path / "plain", options)
+    plain.run()
+    ahead = LineStage(tmp_path / "ahead", options)
+    ahead.drawing_threads = 3
+    ahead.delays = (0.02, 0.0, 0.01)
+    ahead.run()
+    assert sorted(ahead.seen) == sorted(plain.seen)
+    assert torch.equal(ahead.trained["line"].weight, plain.trained["line"].weight)
+
+
+def test_a_run_out_of_time_leaves_what_was_drawn_ahead(tmp_path: Path) -> None:
+    stage = LineStage(tmp_path, StageOptions(minutes=0.01, learning_rate=0.02))
+    stage.drawing_threads, stage.delays = 3, (0.05,)
+    stage.run()
+    assert 0 < stage.step < len(stage.seen) + 1 < 60
+
+
+def test_what_fails_in_a_thread_that_draws_ends_the_run(tmp_path: Path) -> None:
+    stage = LineStage(tmp_path, StageOptions(steps=20, learning_rate=0.02))
+    stage.drawing_threads, stage.delays = 3, (0.0, 0.0, -1.0)
+    with pytest.raises(ValueError, match="non-negative"):
+        stage.run()
+    assert stage.step == 2

@@ -88,7 +88,7 @@ class PriorStage(Stage):
         trained = {"unet": restorer.unet.requires_grad_(True), "text": text.requires_grad_(True)}
         super().__init__(trained, RunFolder(folder, **PRIOR_FILES), options, device)
 
-    def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
+    def draw(self, step: int, rng: np.random.Generator) -> tuple[Any, ...]:
         return _draw(self._photographs, self.options, self._module.text, rng, self.device)
 
     def forward_module(self) -> nn.Module:
@@ -148,7 +148,7 @@ class CodecStage(Stage):
             torch.optim.AdamW([quantiles], lr=options.auxiliary_rate),
         ]
 
-    def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
+    def draw(self, step: int, rng: np.random.Generator) -> tuple[Any, ...]:
         return _draw(self._photographs, self.options, self._module.text, rng, self.device)
 
     def forward_module(self) -> nn.Module:
