@@ -89,8 +89,8 @@ class TrainOptions(StageOptions):
     semantics: float = 0.3
     """Share that is the distance of a teacher's features; without a teacher it is squared error."""
 
-    semantic_states: int = 3
-    """First states, at whose bytes machines read pictures, and that alone have semantics."""
+    semantic_states: int = 4
+    """First states, which alone have semantics: where bytes are few, machines lose most."""
 
     faithful_states: int = 1
     """Last states, by whose PSNR archives keep pictures: less structure."""
