@@ -81,7 +81,7 @@ def lines(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 def step_losses(stage: Stage) -> Losses:
-    losses: Losses = stage.forward_module()(*stage.draw(np.random.default_rng(3)))
+    losses: Losses = stage.forward_module()(*stage.draw(0, np.random.default_rng(3)))
     return losses
 
 
@@ -216,7 +216,7 @@ def test_tags_are_dropped_for_guidance_as_often_as_wanted(
         options = dataclasses.replace(QUICK, tag_dropout=dropout)
         stage = CodecStage(parts, photographs, tmp_path, options, CPU)
         rng = np.random.default_rng(0)
-        batches = [stage.draw(rng)[1] for _ in range(40)]
+        batches = [stage.draw(step, rng)[1] for step in range(40)]
         shares[dropout] = np.mean([bool((ids == empty).all()) for ids in batches])
     # A third of the photographs has no tags: a ninth of the batches of two has none anyway.
     assert shares[0.0] < 0.3
