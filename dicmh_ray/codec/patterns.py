@@ -8,6 +8,7 @@ photograph's own light.
 import string
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ FONT_SIZES = (7, 26)
 """Least and greatest size of letters, in pixels."""
 
 Plane = npt.NDArray[np.float32]
+"""One value a place, ``[S, S]``."""
 
 
 def lay_pattern(crop: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
@@ -55,21 +57,25 @@ def _gratings(size: int, rng: np.random.Generator) -> Plane:
     """Lines, or two families of them crossed: stripes, checks, weaves, dots."""
     first = _wave(size, rng)
     if rng.random() < 0.5:
-        return first.mean
+        return _pixels(first.samples)
     second = _wave(size, rng, across=first)
     join: Callable[[Plane, Plane], Plane] = (np.multiply, np.maximum, _exclusive)[rng.integers(3)]
     return _pixels(join(first.samples, second.samples))
 
 
-class _Wave:
-    """A grating: its samples, and what a second one must know to cross it."""
+class _Wave(NamedTuple):
+    """A grating: its samples, oversampled and 0..1, and what a second one must know to cross it."""
 
-    def __init__(self, samples: Plane, angle: float, period: float, fold: Plane) -> None:
-        self.samples, self.angle, self.period, self.fold = samples, angle, period, fold
+    samples: Plane
 
-    @property
-    def mean(self) -> Plane:
-        return _pixels(self.samples)
+    angle: float
+    """Of its normal, radians."""
+
+    period: float
+    """Pixels."""
+
+    fold: Plane
+    """Pixels that each sample is displaced by."""
 
 
 def _wave(size: int, rng: np.random.Generator, across: _Wave | None = None) -> _Wave:

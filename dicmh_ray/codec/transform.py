@@ -8,6 +8,7 @@ Shape suffixes: B images, C channels, H W pixels, h w the 1/8 grid.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def patch_basis(num_luma: int = 64, num_chroma: int = 16) -> Tensor:
     return torch.stack(kernels)
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """Adds to its input what its branch makes of it.
 
     The input stays in float32. The branch, where nearly all multiplications are, is computed in
@@ -68,13 +69,16 @@ class Block(nn.Module):
         with torch.autocast(x_BChw.device.type, self.precision):
             return self.branch(x_BChw, condition)
 
+    @abstractmethod
     def branch(self, x_BChw: Tensor, condition: Tensor | None) -> Tensor:
-        """What the block adds to its input; ``condition`` is the state of each image, or a vector."""
-        raise NotImplementedError
+        """What the block adds to its input, ``[B, C, h, w]``.
+
+        ``condition`` is the state of each image, int64 ``[B]``, or its vector, ``[B, E]``.
+        """
 
 
 def native_precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32, and float32 elsewhere."""
+    """``torch.bfloat16`` where the device multiplies it faster than float32; else ``torch.float32``."""
     if device.type == "cuda":
         is_native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:

@@ -142,10 +142,13 @@ def test_steps_that_threads_draw_ahead_come_in_order_and_are_the_same(tmp_path: 
 
 
 def test_a_run_out_of_time_leaves_what_was_drawn_ahead(tmp_path: Path) -> None:
-    stage = LineStage(tmp_path, StageOptions(minutes=0.01, learning_rate=0.02))
+    stage = LineStage(tmp_path, StageOptions(minutes=0.05, learning_rate=0.02))
     stage.drawing_threads, stage.delays = 3, (0.05,)
     stage.run()
-    assert 0 < stage.step < len(stage.seen) + 1 < 60
+    drawn = len(stage.seen)
+    assert 0 < stage.step < drawn
+    time.sleep(0.3)
+    assert len(stage.seen) == drawn, "its threads have ended"
 
 
 def test_what_fails_in_a_thread_that_draws_ends_the_run(tmp_path: Path) -> None:
