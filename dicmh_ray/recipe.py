@@ -19,10 +19,10 @@ from typing import Any
 from dicmh_ray.codec.checkpoint import Checkpoint
 from dicmh_ray.codec.export import export
 from dicmh_ray.codec.human_training import HumanOptions, train_human
-from dicmh_ray.codec.network import NetworkConfig
+from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher
 from dicmh_ray.codec.photographs import PackedPhotographs
-from dicmh_ray.codec.run_state import CHECKPOINT_NAME
+from dicmh_ray.codec.run_state import CHECKPOINT_NAME, Report
 from dicmh_ray.codec.training import TrainOptions, train
 from dicmh_ray.errors import SourceFormatError, SourceImageError
 from dicmh_ray.source import SourceOptions, load_pixels, plan_units, read_unit
@@ -70,6 +70,8 @@ PRESETS: Mapping[str, Preset] = {
             bottleneck=16,
             num_states=3,
             finest_step=40.0,
+            human_width=8,
+            human_blocks=1,
         ),
         options=TrainOptions(steps=60, batch=6, crop=64, structure=0.0),
         human=HumanOptions(minutes=0.05, batch=2, crop=64),
@@ -180,7 +182,7 @@ def train_checkpoint(
     teacher: Path | None = None,
     labels: Mapping[str, str] | None = None,
     report: Callable[[str], None] | None = None,
-    report_step: Callable[[dict[str, Any]], None] | None = None,
+    report_step: Report | None = None,
 ) -> Checkpoint:
     """Train, or go on training, and export to ``folder/checkpoint``.
 
@@ -199,36 +201,86 @@ def train_checkpoint(
         report_step: called every 50 steps with the step and the losses.
 
     Raises:
-        SourceError: a source cannot be read.
+        SourceError: a source cannot be read, or no picture is large enough for a crop.
         WeightsError: ``folder`` holds a run of another network shape, or the teacher is none.
     """
-    chosen = PRESETS[preset]
     photographs = pack_photographs(sources, folder / "pack", labels=labels, report=report)
-    network = train(
+    network = train_networks(
         photographs,
         folder,
-        options=options or chosen.options,
-        network=dataclasses.replace(chosen.network, human_width=0),
+        preset=preset,
+        options=options,
+        human=human,
         device=device,
         start_from=start_from,
         teacher=teacher,
         report=report_step,
     )
+    return export_run(network, photographs, folder, preset=preset, teacher=teacher, report=report)
+
+
+def train_networks(
+    photographs: PackedPhotographs,
+    folder: Path,
+    *,
+    preset: str = "default",
+    options: TrainOptions | None = None,
+    human: HumanOptions | None = None,
+    device: str = "auto",
+    start_from: str | Path | None = None,
+    teacher: Path | None = None,
+    report: Report | None = None,
+) -> CodecNetwork:
+    """The stages of :func:`train_checkpoint`, in one process or in each of several that train together.
+
+    Arguments are those of :func:`train_checkpoint`, and so are the errors.
+
+    Returns:
+        The network with averaged weights, in evaluation mode; the same in every process.
+    """
+    chosen = PRESETS[preset]
+    options, human = options or chosen.options, human or chosen.human
+    has_human = teacher is not None and chosen.network.human_width
+    photographs.require(max(options.crop, human.crop) if has_human else options.crop)
+    network = train(
+        photographs,
+        folder,
+        options=options,
+        network=dataclasses.replace(chosen.network, human_width=0),
+        device=device,
+        start_from=start_from,
+        teacher=teacher,
+        report=report,
+    )
+    if teacher is None or not chosen.network.human_width:
+        return network
+    return train_human(
+        network,
+        chosen.network,
+        photographs,
+        folder,
+        options=human,
+        teacher=teacher,
+        device=device,
+        start_from=start_from,
+        report=report,
+    )
+
+
+def export_run(
+    network: CodecNetwork,
+    photographs: PackedPhotographs,
+    folder: Path,
+    *,
+    preset: str = "default",
+    teacher: Path | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """Fit the tables to a run's network and write ``folder/checkpoint``; in one process alone."""
+    chosen = PRESETS[preset]
     provenance: dict[str, Any] = {"preset": preset, "photographs": len(photographs.entries)}
     if teacher is not None:
         provenance["teacher"] = FeatureTeacher(teacher).identity
-        if chosen.network.human_width:
-            network = train_human(
-                network,
-                chosen.network,
-                photographs,
-                folder,
-                options=human or chosen.human,
-                teacher=teacher,
-                device=device,
-                start_from=start_from,
-                report=report_step,
-            )
     return export(
         network.cpu(),
         photographs,

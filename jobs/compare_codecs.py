@@ -1,86 +1,152 @@
-"""Single-rate codecs side by side: ``python jobs/compare_codecs.py NAME=CHECKPOINT... --pictures DIR``.
+"""Codecs side by side: ``python jobs/compare_codecs.py NAME=CHECKPOINT... --pictures DIR``.
 
-For each checkpoint and each of its states the bytes on whole pictures and what the machine view keeps:
-PSNR, MS-SSIM, and how far the features of nets are from the originals'. It is how a change to training,
-such as leaving out the semantic-consistency loss, is judged: by nets that no training has seen.
+For each checkpoint and each of its states the bytes on whole pictures and what a view keeps: PSNR,
+MS-SSIM, and how far the features of nets are from the originals'; then the BD-rates of every codec
+against the first. It is how a change to training is judged before it is shipped: on photographs that
+are not evaluation pictures, by nets that no training has seen, and on patterns drawn over them.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import rich.console
+import rich.progress
 from PIL import Image
 
 from dicmh_ray.bench import describe_environment
+from dicmh_ray.bench.bd_rate import bd_rate
 from dicmh_ray.bench.judges import FeatureJudge
+from dicmh_ray.bench.metrics import Gauge, decibels, means
+from dicmh_ray.bench.subject import find_images
 from dicmh_ray.bitstream import prefix_bytes
 from dicmh_ray.codec import ImageCodec, load_codec
+from dicmh_ray.codec.patterns import lay_pattern
 from dicmh_ray.vision.nets import find_nets
+
+Picture = npt.NDArray[np.uint8]
+
+PATTERN_CROP = 384
+"""Pixels per side of the middle of a picture that a pattern is drawn over."""
+
+PATTERN_SEED = 77
+"""No training draws with it: its draws are seeded by three numbers."""
+
+HEADLINE_BPP = (0.1, 1.0)
+
+FIDELITY = ("psnr", "ms_ssim", "ms_ssim_rgb")
+
+
+def pictures(paths: list[Path], *, patterns: bool) -> Iterator[Picture]:
+    """The pictures; or their middles with patterns, without those that are too small for it."""
+    for number, path in enumerate(paths):
+        with Image.open(path) as opened:
+            image = np.asarray(opened.convert("RGB"))
+        if not patterns:
+            yield image
+            continue
+        top, left = ((side - PATTERN_CROP) // 2 for side in image.shape[:2])
+        if min(top, left) >= 0:
+            crop = image[top : top + PATTERN_CROP, left : left + PATTERN_CROP]
+            yield lay_pattern(crop.copy(), np.random.default_rng([PATTERN_SEED, number]))
 
 
 def measure(
-    codec: ImageCodec, pictures: list[Path], judges: list[FeatureJudge], view: str
+    codec: ImageCodec, image: Picture, judges: list[FeatureJudge], view: str
 ) -> list[dict[str, float]]:
-    """Means over the pictures for each state."""
-    rows: list[list[dict[str, float]]] = []
-    for path in pictures:
-        with Image.open(path) as opened:
-            image = np.asarray(opened.convert("RGB"))
-        wanted = [judge.features(image) for judge in judges]
-        (data,) = codec.encode([image], tags=[()], exif_orientations=[1])
-        row = []
-        for number, end in enumerate(prefix_bytes(data), start=1):
-            (decoded,) = codec.decode([data], states=number, view=view)
-            (quality,) = codec.measure([image], [decoded])
-            facts = {"bpp": 8 * end / image[..., 0].size, "psnr": quality.psnr}
-            if quality.ms_ssim is not None:
-                facts["ms_ssim"] = quality.ms_ssim
-            for judge, features in zip(judges, wanted, strict=True):
-                likeness = judge.compare(features, judge.features(decoded))
-                facts[f"{judge.spec.name} distance"] = likeness.distance
-                facts[f"{judge.spec.name} cosine"] = likeness.cosine
-            row.append(facts)
-        rows.append(row)
-    return [
-        {name: float(np.mean([row[state][name] for row in rows])) for name in rows[0][state]}
-        for state in range(len(rows[0]))
-    ]
+    """What one picture costs and keeps, for each state."""
+    gauge = Gauge(codec)
+    wanted = [judge.features(image) for judge in judges]
+    (data,) = codec.encode([image], tags=[()], exif_orientations=[1])
+    rows = []
+    for number, end in enumerate(prefix_bytes(data), start=1):
+        (decoded,) = codec.decode([data], states=number, view=view)
+        facts = {"bpp": 8 * end / image[..., 0].size, **gauge.measure(image, decoded)}
+        for judge, features in zip(judges, wanted, strict=True):
+            likeness = judge.compare(features, judge.features(decoded))
+            facts[f"distance:{judge.spec.name}"] = likeness.distance
+            facts[f"cosine:{judge.spec.name}"] = likeness.cosine
+        rows.append(facts)
+    return rows
+
+
+def bd_rates(
+    anchor: list[dict[str, float]], test: list[dict[str, float]]
+) -> dict[str, Mapping[str, float | None]]:
+    """Percent of bytes more than the anchor's at equal quality, over all rates and the headline's."""
+    found: dict[str, Mapping[str, float | None]] = {}
+    for metric in FIDELITY:
+        curves = [
+            [(facts["bpp"], decibels(metric, facts[metric])) for facts in states if metric in facts]
+            for states in (anchor, test)
+        ]
+        rates = {"all": bd_rate(*curves), "headline": bd_rate(*curves, bpp_range=HEADLINE_BPP)}
+        found[metric] = {name: rate[0] if rate else None for name, rate in rates.items()}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("codecs", nargs="+", metavar="NAME=CHECKPOINT")
-    parser.add_argument("--pictures", required=True, type=Path, help="folder of PNG or JPEG")
+    parser.add_argument("--pictures", required=True, type=Path, help="folder of photographs")
     parser.add_argument("--nets", type=Path, help="folder of nets; docs/evaluation.md")
     parser.add_argument("--view", default="machine")
-    parser.add_argument("--limit", type=int, help="the first so many pictures")
+    parser.add_argument("--patterns", action="store_true", help="over the middles of the pictures")
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th picture")
+    parser.add_argument("--limit", type=int, help="of those the first so many")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    found = sorted(p for p in arguments.pictures.iterdir() if p.suffix in (".png", ".jpg"))
-    pictures = found[: arguments.limit]
+    paths = [path for _, path in find_images([arguments.pictures])]
+    paths = paths[:: arguments.every][: arguments.limit]
     nets = find_nets(arguments.nets) if arguments.nets else []
     judges = [FeatureJudge(net) for net in nets if net.taps]
-    result: dict[str, Any] = {}
+    codecs: dict[str, ImageCodec] = {}
     for argument in arguments.codecs:
         name, _, checkpoint = argument.partition("=")
-        codec = load_codec(checkpoint, device="cpu")
-        result[name] = measure(codec, pictures, judges, arguments.view)
-    environment = dataclasses.asdict(describe_environment())
+        codecs[name] = load_codec(checkpoint, device="cpu")
+    rows: dict[str, list[list[dict[str, float]]]] = {name: [] for name in codecs}
+    shown = rich.progress.track(
+        pictures(paths, patterns=arguments.patterns),
+        total=len(paths),
+        console=rich.console.Console(stderr=True),
+    )
+    for image in shown:
+        for name, codec in codecs.items():
+            rows[name].append(measure(codec, image, judges, arguments.view))
+    result = {
+        name: [means(state) for state in zip(*own, strict=True)] for name, own in rows.items()
+    }
+    anchor, *others = result
+    rates = {name: bd_rates(result[anchor], result[name]) for name in others}
+    content: dict[str, Any] = {
+        "environment": dataclasses.asdict(describe_environment()),
+        "pictures": len(rows[anchor]),
+        "view": arguments.view,
+        "codecs": result,
+        f"bd_rates_against_{anchor}": rates,
+    }
     if arguments.json:
-        content = {"environment": environment, "pictures": len(pictures), "codecs": result}
         json.dump(content, sys.stdout, indent=1)
         return
-    names = list(next(iter(result.values()))[0])
+    names = list(result[anchor][0])
     print(" | ".join(["codec", "state", *names]))
     for name, states in result.items():
         for number, facts in enumerate(states, start=1):
             print(" | ".join([name, str(number), *(f"{facts[n]:.4f}" for n in names)]))
-    print(f"{len(pictures)} pictures of {arguments.pictures.name}, {arguments.view} view")
-    print(environment)
+    for name, found in rates.items():
+        for metric, rate in found.items():
+            text = ", ".join(
+                f"{where} {'-' if one is None else f'{one:+.1f} %'}" for where, one in rate.items()
+            )
+            print(f"BD-rate of {name} against {anchor}, {metric}: {text}")
+    print(f"{len(rows[anchor])} pictures of {arguments.pictures.name}, {arguments.view} view")
+    print(content["environment"])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Train a checkpoint without a terminal: one process, or several through Ray Train.
 
-    python jobs/train_codec.py photographs/ -o run/ --minutes 90
+    python jobs/train_codec.py photographs/ -o run/ --minutes 90 --teacher mobilenet.safetensors
     python jobs/train_codec.py photographs/ -o run/ --preset diff-icmh --from sd21/ --rate 8 \
         --workers 8 --gpu --ray-address auto
 
-Those of Diff-ICMH train on several workers; the others in this process. ``-o`` is the run: a run that is
-there goes on from its last state, so a restart policy is all the fault handling it needs from outside. With
+``-o`` is the run: a run that is there goes on from its last state, so a restart policy is all the fault handling it needs from outside. With
 workers on several machines it is a folder that all of them see. Logs a line a report, and prints the
 checkpoint as one JSON line at the end. Exit 0: done, 1: an error.
 """
@@ -36,6 +35,8 @@ class Options:
     preset: str
     steps: int | None
     minutes: float | None
+    human_minutes: float | None
+    teacher: Path | None
     rate: float | None
     labels: Sequence[Path]
     start_from: str | None
@@ -53,16 +54,20 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--preset", default="default", choices=(*PRESETS, *ICMH_PRESETS))
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--minutes", type=float, help="end the schedule by then")
+    parser.add_argument("--human-minutes", type=float, help="default: then train the human view")
+    parser.add_argument("--teacher", type=Path, help="default: weights of a classifier")
     parser.add_argument("--rate", type=float, help="Diff-ICMH: weight of bits per pixel")
     parser.add_argument("--labels", type=Path, action="append", default=[], help="CSV: file,label")
     parser.add_argument("--from", dest="start_from", help="improve a checkpoint")
     parser.add_argument("--device", default="auto", help="without --workers")
-    parser.add_argument("--workers", type=int, help="Diff-ICMH: processes of Ray Train")
+    parser.add_argument("--workers", type=int, help="processes of Ray Train")
     parser.add_argument("--gpu", action="store_true", help="a GPU for each worker")
     parser.add_argument("--ray-address", help="auto, ray://host:10001; default: a local Ray")
     options = Options(**vars(parser.parse_args(arguments)))
-    if options.preset in PRESETS and (options.workers, options.rate) != (None, None):
-        parser.error("--workers and --rate are for the presets of Diff-ICMH")
+    if options.preset in PRESETS and options.rate is not None:
+        parser.error("--rate is for the presets of Diff-ICMH")
+    if options.preset in ICMH_PRESETS and (options.teacher or options.human_minutes):
+        parser.error("--teacher and --human-minutes are for the other presets")
     if options.workers is None and (options.gpu or options.ray_address):
         parser.error("--gpu and --ray-address want --workers")
     return options
@@ -81,26 +86,23 @@ def run(options: Options) -> Checkpoint:
     }
     if options.preset in PRESETS:
         preset = PRESETS[options.preset]
-        common |= {"options": replace(preset.options, **changes), "human": preset.human}
-        return train_checkpoint(
-            options.photographs, options.output, device=options.device, **common
-        )
-    icmh = ICMH_PRESETS[options.preset]
-    common |= {"options": replace(icmh.codec, **changes), "prior": icmh.prior}
+        human = preset.human
+        if options.human_minutes is not None:
+            human = replace(human, minutes=options.human_minutes)
+        common |= {"options": replace(preset.options, **changes), "human": human}
+        common["teacher"] = options.teacher
+    else:
+        icmh = ICMH_PRESETS[options.preset]
+        common |= {"options": replace(icmh.codec, **changes), "prior": icmh.prior}
     if options.workers is None:
-        return train_icmh_checkpoint(
-            options.photographs, options.output, device=options.device, **common
-        )
-    from dicmh_ray.ray_plugin.training import train_icmh_on_ray
+        train = train_checkpoint if options.preset in PRESETS else train_icmh_checkpoint
+        return train(options.photographs, options.output, device=options.device, **common)
+    from dicmh_ray.ray_plugin.icmh_training import train_icmh_on_ray
+    from dicmh_ray.ray_plugin.training import Workers, train_on_ray
 
-    return train_icmh_on_ray(
-        options.photographs,
-        options.output,
-        workers=options.workers,
-        use_gpu=options.gpu,
-        address=options.ray_address,
-        **common,
-    )
+    workers = Workers(count=options.workers, use_gpu=options.gpu, address=options.ray_address)
+    train_together = train_on_ray if options.preset in PRESETS else train_icmh_on_ray
+    return train_together(options.photographs, options.output, workers=workers, **common)
 
 
 def main() -> int:

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dicmh_ray import SourceOptions, load_pixels
 from dicmh_ray.errors import SourceImageError, UnreadableImageError
 from dicmh_ray.source import plan_units, read_unit
-from jobs import demo
+from jobs import compare_codecs, demo
 
 JOBS = Path(demo.__file__).parent
 
@@ -52,6 +54,32 @@ def test_training_curves_are_drawn_from_the_logs_of_runs(tmp_path: Path) -> None
         "plot_training.py", str(tmp_path / "first"), str(tmp_path / "second"), "-o", str(picture)
     )
     assert load_pixels(picture.read_bytes()).image.shape[1] > 800
+
+
+def test_a_codec_against_itself_costs_nothing_more_even_on_patterns(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    small, large = (tmp_path / "pictures" / name for name in ("small.png", "wide.png"))
+    image = load_pixels(next(iter(demo.photographs())).data).image
+    Image.fromarray(np.resize(image, (384, 400, 3))).save(large)
+    Image.fromarray(image[:200, :200]).save(small)
+    arguments = ["one=default", "two=default", "--pictures", str(small.parent), "--patterns"]
+    found = json.loads(run_job("compare_codecs.py", *arguments, "--json"))
+    assert found["pictures"] == 1
+    assert [len(states) for states in found["codecs"].values()] == [5, 5]
+    rates = found["bd_rates_against_one"]["two"]
+    assert {rate["all"] for rate in rates.values()} == {0.0}
+
+
+def test_bytes_beyond_the_first_codecs_are_counted_at_equal_quality() -> None:
+    once = [
+        {"bpp": bpp, "psnr": psnr, "ms_ssim": 1 - 0.1 / psnr, "ms_ssim_rgb": 1 - 0.2 / psnr}
+        for bpp, psnr in ((0.05, 24.0), (0.2, 28.0), (0.8, 33.0))
+    ]
+    twice = [{**facts, "bpp": 2 * facts["bpp"]} for facts in once]
+    rates = compare_codecs.bd_rates(once, twice)
+    assert set(rates) == {"psnr", "ms_ssim", "ms_ssim_rgb"}
+    for rate in rates.values():
+        assert rate == pytest.approx({"all": 100.0, "headline": 100.0})
 
 
 def test_the_demo_collection_comes_back_whole(tmp_path: Path) -> None:

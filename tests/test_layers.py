@@ -57,9 +57,11 @@ LAZY = {
     ("codec/image_taggers.py", "dicmh_ray.codec.zero_shot"): "torch, when a model shall tag",
     ("codec/image_taggers.py", "transformers.utils.hub"): "the same, for hub ids only",
     (
-        "cli/icmh_training.py",
+        "cli/training.py",
         "dicmh_ray.ray_plugin.training",
     ): "the ray extra, when workers are asked for",
+    ("cli/icmh_training.py", "dicmh_ray.ray_plugin.training"): "the same",
+    ("cli/icmh_training.py", "dicmh_ray.ray_plugin.icmh_training"): "the same",
     (
         "cli/bulk_decoding.py",
         "dicmh_ray.ray_plugin.decoding",

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from dicmh_ray.codec import load_codec, read_checkpoint
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.photographs import PackedPhotographs
-from dicmh_ray.codec.training import Distortion, TrainOptions, grow_from, train
+from dicmh_ray.codec.training import CodecStage, Distortion, TrainOptions, grow_from, train
 from dicmh_ray.errors import SourceFormatError, WeightsError
 from dicmh_ray.recipe import PRESETS, pack_photographs, read_labels, train_checkpoint
 
 TINY = PRESETS["tiny"]
+CODEC = dataclasses.replace(TINY.network, human_width=0)
 QUICK = dataclasses.replace(TINY.options, steps=4, batch=3)
 
 
@@ -73,16 +74,27 @@ def test_crops_that_were_jpegs_have_lost_the_detail_of_their_chroma(tmp_path: Pa
 def test_a_stopped_run_goes_on_where_it_was_saved(
     photographs: PackedPhotographs, tmp_path: Path
 ) -> None:
-    first = train(photographs, tmp_path, options=QUICK, network=TINY.network)
+    first = train(photographs, tmp_path, options=QUICK, network=CODEC)
     progress = json.loads((tmp_path / "progress.json").read_text())
     assert progress["step"] == 4
-    again = train(photographs, tmp_path, options=QUICK, network=TINY.network)
+    again = train(photographs, tmp_path, options=QUICK, network=CODEC)
     for (name, a), b in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     longer = dataclasses.replace(QUICK, steps=7)
-    changed = train(photographs, tmp_path, options=longer, network=TINY.network)
+    changed = train(photographs, tmp_path, options=longer, network=CODEC)
     assert json.loads((tmp_path / "progress.json").read_text())["step"] == 7
     assert not torch.equal(first.autoencoder.analysis.weight, changed.autoencoder.analysis.weight)
+
+
+def test_the_last_states_are_drawn_twice_as_often(
+    photographs: PackedPhotographs, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(QUICK, batch=8, frequent_states=1)
+    device = torch.device("cpu")
+    stage = CodecStage(photographs, tmp_path, options, CODEC, device, start_from=None, teacher=None)
+    for step in range(3):
+        _, states, _ = stage.draw(step, np.random.default_rng(step))
+        assert torch.bincount(states).tolist() == [2, 2, 4]
 
 
 def test_a_run_can_begin_with_the_weights_of_a_checkpoint(
@@ -90,13 +102,13 @@ def test_a_run_can_begin_with_the_weights_of_a_checkpoint(
 ) -> None:
     checkpoint = Path(__file__).parent / "golden" / "checkpoint"
     given = load_file(checkpoint / "weights.safetensors")
-    found = train(photographs, tmp_path, options=QUICK, network=TINY.network, start_from=checkpoint)
+    found = train(photographs, tmp_path, options=QUICK, network=CODEC, start_from=checkpoint)
     # Only the rate model trains at first, so the weights are still the checkpoint's.
     for name, value in found.state_dict().items():
         assert torch.equal(value, given[name].float()), name
-    finer = dataclasses.replace(TINY.network, finest_step=TINY.network.finest_step / 2)
+    finer = dataclasses.replace(CODEC, finest_step=CODEC.finest_step / 2)
     train(photographs, tmp_path / "f", options=QUICK, network=finer, start_from=checkpoint)
-    wider = dataclasses.replace(TINY.network, hidden=24)
+    wider = dataclasses.replace(CODEC, hidden=24)
     with pytest.raises(WeightsError, match="its hidden is 16, wanted 24"):
         train(photographs, tmp_path / "w", options=QUICK, network=wider, start_from=checkpoint)
 
@@ -138,8 +150,8 @@ def test_labelled_crops_know_the_tags_of_their_pictures(folder: Path, tmp_path: 
 
 
 def test_a_run_of_another_shape_is_refused(photographs: PackedPhotographs, tmp_path: Path) -> None:
-    train(photographs, tmp_path, options=QUICK, network=TINY.network)
-    other = dataclasses.replace(TINY.network, hidden=24)
+    train(photographs, tmp_path, options=QUICK, network=CODEC)
+    other = dataclasses.replace(CODEC, hidden=24)
     with pytest.raises(WeightsError, match="another network shape"):
         train(photographs, tmp_path, options=QUICK, network=other)
 

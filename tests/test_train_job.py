@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,8 +30,9 @@ def started(monkeypatch):
 
     monkeypatch.setattr(train_codec, "train_checkpoint", note("layered"))
     monkeypatch.setattr(train_codec, "train_icmh_checkpoint", note("icmh"))
-    training = pytest.importorskip("dicmh_ray.ray_plugin.training")
-    monkeypatch.setattr(training, "train_icmh_on_ray", note("ray"))
+    training = pytest.importorskip("dicmh_ray.ray_plugin.icmh_training")
+    monkeypatch.setattr(training, "train_icmh_on_ray", note("icmh on ray"))
+    monkeypatch.setattr("dicmh_ray.ray_plugin.training.train_on_ray", note("layered on ray"))
     return calls
 
 
@@ -40,16 +42,23 @@ def run(monkeypatch, *arguments):
 
 
 def test_a_preset_starts_its_own_training(started, monkeypatch, capsys):
+    from dicmh_ray.ray_plugin.training import Workers
+
     assert run(monkeypatch, "a", "-o", "run", "--minutes", "3") == 0
     told = json.loads(capsys.readouterr().out)
     assert told == {"checkpoint": "run/checkpoint", "codec_id": "ab" * 32}
     assert run(monkeypatch, "a", "-o", "run", "--preset", "diff-icmh-tiny", "--rate", "8") == 0
     ray = ("--preset", "diff-icmh-tiny", "--workers", "2", "--gpu", "--ray-address", "auto")
     assert run(monkeypatch, "a", "-o", "run", "--steps", "7", *ray) == 0
-    (first, one), (second, two), (third, three) = started
-    assert (first, second, third) == ("layered", "icmh", "ray")
+    full = ("--teacher", "net.safetensors", "--human-minutes", "9", "--workers", "3")
+    assert run(monkeypatch, "a", "-o", "run", *full) == 0
+    (first, one), (second, two), (third, three), (fourth, four) = started
+    assert (first, second) == ("layered", "icmh")
+    assert (third, fourth) == ("icmh on ray", "layered on ray")
     assert (one["options"].minutes, two["options"].rate, three["options"].steps) == (3, 8, 7)
-    assert (three["workers"], three["use_gpu"], three["address"]) == (2, True, "auto")
+    assert three["workers"] == Workers(count=2, use_gpu=True, address="auto")
+    assert (four["workers"], four["teacher"]) == (Workers(count=3), Path("net.safetensors"))
+    assert four["human"].minutes == 9
 
 
 def test_an_error_is_told_by_the_exit_code(started, monkeypatch):
@@ -57,7 +66,13 @@ def test_an_error_is_told_by_the_exit_code(started, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", [("--workers", "2"), ("--rate", "8"), ("--gpu",), ("--preset", "none")]
+    "words",
+    [
+        ("--rate", "8"),
+        ("--preset", "diff-icmh-tiny", "--teacher", "net.safetensors"),
+        ("--gpu",),
+        ("--preset", "none"),
+    ],
 )
 def test_what_does_not_go_together_is_a_usage_error(words, capsys):
     with pytest.raises(SystemExit, match="2"):

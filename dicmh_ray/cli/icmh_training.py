@@ -1,7 +1,7 @@
 """Body of ``dicmh train`` for the presets of Diff-ICMH, in this process or on Ray."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,7 @@ from typing import Any
 import typer
 
 from dicmh_ray.cli.output import say, tell, told_in_one_line
-from dicmh_ray.cli.training import step_line
-from dicmh_ray.codec import Checkpoint
-from dicmh_ray.errors import MissingExtraError
+from dicmh_ray.cli.training import needs_ray, step_line
 from dicmh_ray.icmh_recipe import ICMH_PRESETS, train_icmh_checkpoint
 from dicmh_ray.recipe import read_labels
 
@@ -41,10 +39,6 @@ def run_icmh_train(
     if chosen is None:
         names = ", ".join([*others, *ICMH_PRESETS])
         raise typer.BadParameter(f"--preset {given.preset!r}: there are {names}")
-    if given.use_gpu and given.workers is None:
-        raise typer.BadParameter("--gpu is for --workers; a single process has --device")
-    if given.workers is not None and given.device != "auto":
-        raise typer.BadParameter("--device does nothing with --workers; there is --gpu")
     wanted: dict[str, Any] = {
         "steps": given.steps,
         "minutes": given.minutes,
@@ -68,19 +62,9 @@ def run_icmh_train(
         if given.workers is None:
             checkpoint = train_icmh_checkpoint(sources, output, device=given.device, **common)
         else:
-            train_on_ray = _ray_training()
-            checkpoint = train_on_ray(
-                sources, output, workers=given.workers, use_gpu=given.use_gpu, **common
-            )
+            with needs_ray():
+                from dicmh_ray.ray_plugin.icmh_training import train_icmh_on_ray
+                from dicmh_ray.ray_plugin.training import Workers
+            team = Workers(count=given.workers, use_gpu=given.use_gpu)
+            checkpoint = train_icmh_on_ray(sources, output, workers=team, **common)
     say(f"{output / 'checkpoint'}\t{checkpoint.codec_id}")
-
-
-def _ray_training() -> Callable[..., Checkpoint]:
-    """``train_icmh_on_ray``. Raises MissingExtraError where there is no Ray."""
-    try:
-        from dicmh_ray.ray_plugin.training import train_icmh_on_ray
-    except ModuleNotFoundError as exc:
-        if exc.name != "ray":
-            raise
-        raise MissingExtraError("ray", "ray") from exc
-    return train_icmh_on_ray

@@ -1,13 +1,15 @@
 """Body of ``dicmh train``: the only command that needs torch to start."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from dicmh_ray.cli.output import say, tell, told_in_one_line
+from dicmh_ray.errors import MissingExtraError
 from dicmh_ray.recipe import PRESETS, read_labels, train_checkpoint
 
 
@@ -30,6 +32,10 @@ def run_train(
     use_gpu: bool,
 ) -> None:
     """Train and export; lines of progress go to standard error."""
+    if use_gpu and workers is None:
+        raise typer.BadParameter("--gpu is for --workers; a single process has --device")
+    if workers is not None and device != "auto":
+        raise typer.BadParameter("--device does nothing with --workers; there is --gpu")
     if preset not in PRESETS:
         # What its presets need takes long to import; all others start without.
         from dicmh_ray.cli.icmh_training import IcmhArguments, run_icmh_train
@@ -58,8 +64,6 @@ def run_train(
         "--prior-minutes": prior_minutes,
         "--rate": rate,
         "--semantic": semantic,
-        "--workers": workers,
-        "--gpu": use_gpu or None,
     }
     refuse(of_icmh, preset)
     chosen = PRESETS[preset]
@@ -69,20 +73,35 @@ def run_train(
     if human_minutes is not None:
         human = dataclasses.replace(human, minutes=human_minutes)
     with told_in_one_line():
-        checkpoint = train_checkpoint(
-            sources,
-            output,
-            preset=preset,
-            options=dataclasses.replace(chosen.options, **changes),
-            human=human,
-            teacher=teacher,
-            labels=read_labels(labels),
-            device=device,
-            start_from=start_from,
-            report=tell,
-            report_step=lambda facts: tell(step_line(facts)),
-        )
+        common: dict[str, Any] = {
+            "preset": preset,
+            "options": dataclasses.replace(chosen.options, **changes),
+            "human": human,
+            "teacher": teacher,
+            "labels": read_labels(labels),
+            "start_from": start_from,
+            "report": tell,
+            "report_step": lambda facts: tell(step_line(facts)),
+        }
+        if workers is None:
+            checkpoint = train_checkpoint(sources, output, device=device, **common)
+        else:
+            with needs_ray():
+                from dicmh_ray.ray_plugin.training import Workers, train_on_ray
+            team = Workers(count=workers, use_gpu=use_gpu)
+            checkpoint = train_on_ray(sources, output, workers=team, **common)
     say(f"{output / 'checkpoint'}\t{checkpoint.codec_id}")
+
+
+@contextmanager
+def needs_ray() -> Iterator[None]:
+    """Around an import. Raises MissingExtraError where there is no Ray."""
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        if exc.name != "ray":
+            raise
+        raise MissingExtraError("ray", "ray") from exc
 
 
 def refuse(options: Mapping[str, Any], preset: str) -> None:

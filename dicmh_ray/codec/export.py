@@ -13,7 +13,7 @@ import torch
 from dicmh_ray.codec.checkpoint import FORMAT, LATENT_UNIT, Checkpoint, read_checkpoint
 from dicmh_ray.codec.contexts import Symbols
 from dicmh_ray.codec.fitting import fit_tables, recount
-from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
+from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
 from dicmh_ray.codec.photographs import JPEG_SHARE, PackedPhotographs
 from dicmh_ray.codec.symbols import (
     REACH_UNIT,
@@ -52,8 +52,10 @@ def training_latents(
     size: int = 256,
     seed: int = 5,
 ) -> list[RoundedLatent]:
-    """Latents of random crops, each of ``[size / 16, size / 16, C]``."""
+    """Latents of random crops, each of ``[size / 16, size / 16, C]``; smaller where all photographs are."""
     rng = np.random.default_rng(seed)
+    largest = max(min(height, width) for _, height, width in photographs.entries)
+    size = min(size, largest // ALIGNMENT * ALIGNMENT)
     tiles: list[RoundedLatent] = []
     with torch.inference_mode():
         while len(tiles) < crops:

@@ -101,6 +101,9 @@ class TrainOptions(StageOptions):
     lambda_ratio: float = 5.3
     """Ratio of the weights of consecutive states."""
 
+    frequent_states: int = 3
+    """Last states, drawn twice as often: archives keep and read pictures by them."""
+
     def lambdas(self, num_states: int) -> list[float]:
         """Distortion weight of each state, coarsest first."""
         return [
@@ -234,7 +237,9 @@ class CodecStage(Stage):
             options.batch, options.crop, rng, patterns=options.patterns, jpegs=options.jpegs
         )
         x = crops.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-        rounds = [rng.permutation(num_states) for _ in range(-(-len(x) // num_states))]
+        frequent = range(max(num_states - options.frequent_states, 0), num_states)
+        deck = [*range(num_states), *frequent]
+        rounds = [rng.permutation(deck) for _ in range(-(-len(x) // len(deck)))]
         states = torch.from_numpy(np.concatenate(rounds)[: len(x)])
         return x, states.to(self.device), step < self.frozen_steps
 

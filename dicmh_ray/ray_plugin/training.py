@@ -1,11 +1,12 @@
-"""Diff-ICMH training on Ray Train: the photographs packed once, then one process for each worker.
+"""Training on Ray Train: the photographs packed once, then one process for each worker.
 
-    driver: pack ──> folder (shared) <── worker 0: train_icmh, writes state, logs, checkpoint
-      └ follows the logs     └────────<── worker n: train_icmh, reads
+    driver: pack ──> folder (shared) <── worker 0: trains, writes state, logs, checkpoint
+      └ follows the logs     └────────<── worker n: trains, reads
 
 Ray Train starts the workers, connects them (``torch.distributed``: NCCL between GPUs, gloo between
 CPUs) and starts all of them again when one dies; they go on from what the run's folder has. What is
-trained, and how gradients meet, is in :mod:`dicmh_ray.codec.stage`.
+trained, and how gradients meet, is in :mod:`dicmh_ray.codec.stage`. Diff-ICMH's training is in
+:mod:`dicmh_ray.ray_plugin.icmh_training`.
 """
 
 import json
@@ -13,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,16 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from dicmh_ray.codec import Checkpoint, read_checkpoint
-from dicmh_ray.codec.icmh.presets import ICMH_PRESETS, largest_crop, train_icmh
-from dicmh_ray.codec.icmh.training import CODEC_FILES, PRIOR_FILES, IcmhOptions
+from dicmh_ray.codec.human_training import FILES as HUMAN_FILES
+from dicmh_ray.codec.human_training import HumanOptions
+from dicmh_ray.codec.objectives import FeatureTeacher
 from dicmh_ray.codec.photographs import PackedPhotographs
-from dicmh_ray.codec.run_state import CHECKPOINT_NAME
+from dicmh_ray.codec.run_state import CHECKPOINT_NAME, Report
+from dicmh_ray.codec.training import FILES as CODEC_FILES
+from dicmh_ray.codec.training import TrainOptions
 from dicmh_ray.errors import DicmhError, JobError
 from dicmh_ray.ray_plugin.options import RayOptions
-from dicmh_ray.recipe import pack_photographs
+from dicmh_ray.recipe import export_run, pack_photographs, train_networks
 
 LOG_SECONDS = 0.5
 """Between two looks at the logs."""
@@ -38,85 +43,158 @@ LOG_SECONDS = 0.5
 RAY_FOLDER = "ray"
 """In a run's folder: what Ray Train itself keeps."""
 
-ReportStep = Callable[[dict[str, Any]], None]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workers:
+    """The processes that train together."""
+
+    count: int
+
+    use_gpu: bool = False
+    """One GPU for each; else one CPU."""
+
+    max_failures: int = 3
+    """How often a run whose workers died is started again."""
+
+    address: str | None = None
+    """Of a Ray cluster; None as in :class:`RayOptions`."""
+
+    @property
+    def device(self) -> str:
+        """What each of them trains on."""
+        return "cuda" if self.use_gpu else "cpu"
 
 
-def train_icmh_on_ray(
+def train_on_ray(
     sources: Sequence[str],
     folder: Path,
     *,
-    preset: str,
-    options: IcmhOptions | None = None,
-    prior: IcmhOptions | None = None,
+    workers: Workers,
+    preset: str = "default",
+    options: TrainOptions | None = None,
+    human: HumanOptions | None = None,
+    teacher: Path | None = None,
     labels: Mapping[str, str] | None = None,
     start_from: str | Path | None = None,
-    workers: int,
-    use_gpu: bool = False,
-    max_failures: int = 3,
-    address: str | None = None,
     report: Callable[[str], None] | None = None,
-    report_step: ReportStep | None = None,
+    report_step: Report | None = None,
 ) -> Checkpoint:
-    """Train, or go on training, on several workers and export to ``folder/checkpoint``.
+    """As :func:`dicmh_ray.recipe.train_checkpoint`, on several workers.
 
     Args:
         sources: training photographs, read by this process.
         folder: the run: pack, training state, logs and checkpoint. Every worker must see it under
             the same path: on several machines a shared file system.
-        preset: a name in :data:`~dicmh_ray.codec.icmh.presets.ICMH_PRESETS`.
-        options: the codec's schedule; ``batch`` is each worker's.
-        prior: the prior's, where the preset trains one.
+        workers: how many, and where.
+        preset: a name in :data:`~dicmh_ray.recipe.PRESETS`.
+        options: replaces the preset's schedule of the codec; ``batch`` is each worker's.
+        human: replaces its schedule of the human view; ``batch`` likewise.
+        teacher: weights of a classifier; the workers read it.
         labels: tags of photographs by file name, which guide the human view.
-        start_from: a Diff-ICMH checkpoint that a new run begins with; the workers read it.
-        workers: processes.
-        use_gpu: one GPU for each; else one CPU.
-        max_failures: how often a run whose workers died is started again.
-        address: of a Ray cluster; None as in :class:`RayOptions`.
+        start_from: a checkpoint that a new run improves; the workers read it.
         report: called with lines of text as stages end.
         report_step: called with the facts of each line that the run adds to its logs.
 
     Raises:
-        SourceError: a source cannot be read, or no picture is large enough for a crop.
-        WeightsError: ``folder`` holds a run of another shape, or ``start_from`` does not fit.
+        SourceError: a source cannot be read.
+        WeightsError: ``folder`` holds a run of another network shape, or the teacher is none.
         JobError: the workers failed too often, or there are not so many GPUs.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}, wanted at least 1")
-    folder = folder.absolute()
-    photographs = pack_photographs(sources, folder / "pack", labels=labels, report=report)
-    photographs.require(largest_crop(ICMH_PRESETS[preset], options, prior))
-    if start_from is not None:
-        read_checkpoint(start_from)
-        start_from = Path(start_from).absolute()
+    if teacher is not None:
+        FeatureTeacher(teacher)
+    folder = packed_run(sources, folder, workers, labels=labels, report=report)[0]
     arguments = {
         "folder": folder,
         "preset": preset,
         "options": options,
-        "prior": prior,
-        "device": "cuda" if use_gpu else "cpu",
-        "start_from": start_from,
+        "human": human,
+        "teacher": teacher and teacher.absolute(),
+        "device": workers.device,
+        "start_from": seen_by_workers(start_from),
     }
-    local_cpus = max(workers, os.cpu_count() or 1)
-    with connected(RayOptions(address=address, local_cpus=local_cpus)) as is_own:
-        if is_own and use_gpu:
-            _require_gpus(workers)
-        trainer = TorchTrainer(
-            _train,
-            train_loop_config=arguments,
-            scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-            run_config=ray.train.RunConfig(
-                storage_path=str(folder / RAY_FOLDER),
-                failure_config=ray.train.FailureConfig(max_failures=max_failures),
-            ),
-        )
-        _fit(trainer, folder, report_step)
-    return read_checkpoint(folder / CHECKPOINT_NAME)
+    logs = [folder / files["log"] for files in (CODEC_FILES, HUMAN_FILES)]
+    return run_workers(
+        _train, arguments, folder=folder, workers=workers, logs=logs, report_step=report_step
+    )
 
 
 def _train(arguments: dict[str, Any]) -> None:
     """The body of a worker, in which ``torch.distributed`` is set up."""
     folder: Path = arguments["folder"]
-    train_icmh(PackedPhotographs(folder / "pack"), **arguments)
+    photographs = PackedPhotographs(folder / "pack")
+    network = train_networks(photographs, **arguments)
+    if ray.train.get_context().get_world_rank() == 0:
+        preset, teacher = arguments["preset"], arguments["teacher"]
+        export_run(network, photographs, folder, preset=preset, teacher=teacher)
+
+
+def packed_run(
+    sources: Sequence[str],
+    folder: Path,
+    workers: Workers,
+    *,
+    labels: Mapping[str, str] | None,
+    report: Callable[[str], None] | None,
+) -> tuple[Path, PackedPhotographs]:
+    """The folder of a run, absolute, and the photographs packed into it."""
+    if workers.count < 1:
+        raise ValueError(f"workers is {workers.count}, wanted at least 1")
+    folder = folder.absolute()
+    return folder, pack_photographs(sources, folder / "pack", labels=labels, report=report)
+
+
+def seen_by_workers(start_from: str | Path | None) -> str | Path | None:
+    """The name of a checkpoint as workers, which have other working directories, can read it.
+
+    Raises:
+        WeightsError: there is no such checkpoint.
+    """
+    if start_from is not None:
+        read_checkpoint(start_from)
+    is_named = start_from is None or str(start_from) == "default"
+    return start_from if is_named else Path(str(start_from)).absolute()
+
+
+def run_workers(
+    body: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    *,
+    folder: Path,
+    workers: Workers,
+    logs: Sequence[Path],
+    report_step: Report | None,
+) -> Checkpoint:
+    """Run a body in every worker, and tell what the first of them logs meanwhile.
+
+    Args:
+        body: trains, connected to the others, and writes the checkpoint in the first worker.
+        arguments: what each is called with.
+        folder: of the run.
+        workers: how many, and where.
+        logs: files that grow by a line of JSON at a time.
+        report_step: told the facts of each line.
+
+    Raises:
+        JobError: the workers failed too often, or there are not so many GPUs.
+        DicmhError: what a worker raised.
+    """
+    local_cpus = max(workers.count, os.cpu_count() or 1)
+    with connected(RayOptions(address=workers.address, local_cpus=local_cpus)) as is_own:
+        if is_own and workers.use_gpu:
+            _require_gpus(workers.count)
+        trainer = TorchTrainer(
+            body,
+            train_loop_config=arguments,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers.count, use_gpu=workers.use_gpu
+            ),
+            run_config=ray.train.RunConfig(
+                storage_path=str(folder / RAY_FOLDER),
+                failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+            ),
+        )
+        _fit(trainer, logs, report_step)
+    return read_checkpoint(folder / CHECKPOINT_NAME)
 
 
 def _require_gpus(workers: int) -> None:
@@ -126,15 +204,15 @@ def _require_gpus(workers: int) -> None:
         raise JobError(f"{workers} workers need a GPU each, this machine has {gpus}")
 
 
-def _fit(trainer: TorchTrainer, folder: Path, report_step: ReportStep | None) -> None:
-    """Run a trainer, and tell what it logs meanwhile. Raises as ``train_icmh_on_ray``."""
-    logs = [_Log(folder / files["log"]) for files in (PRIOR_FILES, CODEC_FILES)]
+def _fit(trainer: TorchTrainer, logs: Sequence[Path], report_step: Report | None) -> None:
+    """Run a trainer and follow the logs. Raises as ``run_workers``."""
+    followed = [_Log(path) for path in logs]
     is_over = threading.Event()
 
     def follow() -> None:
         while True:
             was_over = is_over.wait(LOG_SECONDS)
-            for facts in (facts for log in logs for facts in log.news()):
+            for facts in (facts for log in followed for facts in log.news()):
                 if report_step is not None:
                     report_step(facts)
             if was_over:

@@ -66,7 +66,7 @@ def train(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Diff-ICMH: on Ray, so many processes. OUTPUT is shared by all."),
+        typer.Option(min=1, help="On Ray, so many processes. All of them see OUTPUT."),
     ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="A GPU for each worker.")] = False,
     device: DeviceOption = "auto",
@@ -78,6 +78,7 @@ def train(
         dicmh train photos/ -o run/ --minutes 90
         dicmh train photos/ -o better/ --from default --minutes 90
         dicmh train photos/ -o full/ --teacher mobilenet.safetensors --labels labels.csv
+        dicmh train photos/ -o full/ --teacher mobilenet.safetensors --workers 8 --gpu
         dicmh train photos/ -o icmh/ --preset diff-icmh-small --prior-minutes 30 --minutes 60
         dicmh train photos/ -o large/ --preset diff-icmh --from sd21/ --rate 8
         dicmh train photos/ -o large/ --preset diff-icmh --from sd21/ --workers 8 --gpu
