@@ -62,7 +62,7 @@ class HumanOptions(StageOptions):
     perceptual: float = 1.5
     """Weight of the distance of the teacher's features."""
 
-    semantic: float = 1.5
+    semantic: float = 2.0
     """The same at half size, as analysis networks see photographs."""
 
     texture: float = 0.5

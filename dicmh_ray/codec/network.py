@@ -35,10 +35,10 @@ class NetworkConfig:
     encoder_blocks: int = 3
     """Residual blocks at 1/8 resolution between pixels and z."""
 
-    analysis_blocks: int = 5
+    analysis_blocks: int = 7
     """Bottleneck blocks at 1/16 resolution between z and y."""
 
-    synthesis_blocks: int = 8
+    synthesis_blocks: int = 10
     """Bottleneck blocks at 1/16 resolution from y back."""
 
     restorer_blocks: int = 5

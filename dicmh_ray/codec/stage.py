@@ -7,6 +7,7 @@ process draws other crops, gradients are averaged, and the first one writes the 
 
 import itertools
 import math
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -148,7 +149,7 @@ class Stage(ABC):
         clipped = self.clipped()
         started = last_save = time.monotonic()
         first = self.step
-        sums: dict[str, float] = {}
+        since: dict[str, list[float]] = {}
         for drawn in self._draws():
             spent = self._agreed((time.monotonic() - started) / 60)
             if spent >= options.minutes:
@@ -170,10 +171,10 @@ class Stage(ABC):
                     self.averages[name].update(module, self.step)
             self.step += 1
             for name, (_, value) in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+                since.setdefault(name, []).append(float(value.detach()))
             if self.step % options.report_steps == 0:
-                self._report(sums, time.monotonic() - started, report)
-                sums = {}
+                self._report(since, time.monotonic() - started, report)
+                since = {}
             if time.monotonic() - last_save > options.save_seconds:
                 self.save()
                 last_save = time.monotonic()
@@ -241,12 +242,12 @@ class Stage(ABC):
         for number, optimiser in enumerate(self.optimisers):
             restore_moments(optimiser, tensors, f"adam{number}")
 
-    def _report(self, sums: dict[str, float], seconds: float, report: Report | None) -> None:
+    def _report(self, since: dict[str, list[float]], seconds: float, report: Report | None) -> None:
         if self.rank:
             return
         line: dict[str, Any] = {"step": self.step, "seconds": round(seconds, 1)}
         line["learning_rate"] = float(f"{self.optimisers[0].param_groups[0]['lr']:.3g}")
-        line |= {name: round(value / self.options.report_steps, 5) for name, value in sums.items()}
+        line |= {name: round(statistics.fmean(values), 5) for name, values in since.items()}
         line |= self.log_facts()
         self.folder.log(line, report)
 

@@ -82,7 +82,7 @@ class TrainOptions(StageOptions):
     finest_lambda: float = 0.036
     """Weight of the mean squared error (8-bit units) of the last state against bits per pixel."""
 
-    structure: float = 0.6
+    structure: float = 0.65
     """Share of the distortion that is ``1 - MS-SSIM``, with tone (:data:`TONE_CELL`); 0 with crops
     below 176 pixels."""
 
@@ -95,7 +95,7 @@ class TrainOptions(StageOptions):
     faithful_states: int = 1
     """Last states, by whose PSNR archives keep pictures: less structure."""
 
-    faithful_structure: float = 0.3
+    faithful_structure: float = 0.5
     """Share of structure there."""
 
     lambda_ratio: float = 5.3

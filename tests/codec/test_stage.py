@@ -129,6 +129,18 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(tmp_path: Path) -> None
     assert len(set(whole.seen)) == 5
 
 
+def test_a_line_of_the_log_is_the_mean_of_its_steps_even_after_a_stop(tmp_path: Path) -> None:
+    still = StageOptions(steps=4, learning_rate=0.0, report_steps=1)
+    each: list[dict[str, Any]] = []
+    LineStage(tmp_path / "each", still).run(each.append)
+    LineStage(tmp_path / "parts", dataclasses.replace(still, steps=1)).run()
+    told: list[dict[str, Any]] = []
+    LineStage(tmp_path / "parts", dataclasses.replace(still, report_steps=4)).run(told.append)
+    (line,) = told
+    expected = np.mean([line["distance"] for line in each[1:]])
+    assert line["distance"] == pytest.approx(expected, abs=2e-5)
+
+
 def test_steps_that_threads_draw_ahead_come_in_order_and_are_the_same(tmp_path: Path) -> None:
     options = StageOptions(steps=20, learning_rate=0.02)
     plain = LineStage(tmp_path / "plain", options)
