@@ -240,8 +240,8 @@ def train_networks(
     """
     chosen = PRESETS[preset]
     options, human = options or chosen.options, human or chosen.human
-    has_human = teacher is not None and chosen.network.human_width
-    photographs.require(max(options.crop, human.crop) if has_human else options.crop)
+    human_teacher = teacher if chosen.network.human_width else None
+    photographs.require(max(options.crop, human.crop) if human_teacher else options.crop)
     network = train(
         photographs,
         folder,
@@ -252,7 +252,7 @@ def train_networks(
         teacher=teacher,
         report=report,
     )
-    if teacher is None or not chosen.network.human_width:
+    if human_teacher is None:
         return network
     return train_human(
         network,
@@ -260,7 +260,7 @@ def train_networks(
         photographs,
         folder,
         options=human,
-        teacher=teacher,
+        teacher=human_teacher,
         device=device,
         start_from=start_from,
         report=report,

@@ -91,9 +91,17 @@ def bd_rates(
     return found
 
 
+def named(argument: str) -> tuple[str, str]:
+    """``NAME=CHECKPOINT``."""
+    name, equals, checkpoint = argument.partition("=")
+    if not (name and equals and checkpoint):
+        raise argparse.ArgumentTypeError(f"{argument!r}, wanted NAME=CHECKPOINT")
+    return name, checkpoint
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("codecs", nargs="+", metavar="NAME=CHECKPOINT")
+    parser.add_argument("codecs", nargs="+", type=named, metavar="NAME=CHECKPOINT")
     parser.add_argument("--pictures", required=True, type=Path, help="folder of photographs")
     parser.add_argument("--nets", type=Path, help="folder of nets; docs/evaluation.md")
     parser.add_argument("--view", default="machine")
@@ -106,10 +114,7 @@ def main() -> None:
     paths = paths[:: arguments.every][: arguments.limit]
     nets = find_nets(arguments.nets) if arguments.nets else []
     judges = [FeatureJudge(net) for net in nets if net.taps]
-    codecs: dict[str, ImageCodec] = {}
-    for argument in arguments.codecs:
-        name, _, checkpoint = argument.partition("=")
-        codecs[name] = load_codec(checkpoint, device="cpu")
+    codecs = {name: load_codec(path, device="cpu") for name, path in arguments.codecs}
     rows: dict[str, list[list[dict[str, float]]]] = {name: [] for name in codecs}
     shown = rich.progress.track(
         pictures(paths, patterns=arguments.patterns),
@@ -119,6 +124,8 @@ def main() -> None:
     for image in shown:
         for name, codec in codecs.items():
             rows[name].append(measure(codec, image, judges, arguments.view))
+    if not all(rows.values()):
+        parser.error(f"no picture has {PATTERN_CROP} pixels a side, as --patterns needs")
     result = {
         name: [means(state) for state in zip(*own, strict=True)] for name, own in rows.items()
     }
