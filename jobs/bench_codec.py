@@ -1,4 +1,4 @@
-"""Where the default codec's time goes: ``python jobs/bench_codec.py PICTURE ...``.
+"""Where the layered codec's time goes: ``python jobs/bench_codec.py PICTURE ...``.
 
 Each picture is scaled and cut to 768 x 512, encoded, verified and decoded in this process. Stages:
 
@@ -76,13 +76,14 @@ def load_picture(path: Path) -> npt.NDArray[np.uint8]:
         return np.asarray(ImageOps.fit(image.convert("RGB"), (WIDTH, HEIGHT)))
 
 
-def measure(pictures: list[Path], rounds: int, threads: int) -> dict[str, Times]:
+def measure(pictures: list[Path], checkpoint: str, rounds: int, threads: int) -> dict[str, Times]:
     """Median times of every stage."""
-    codec = load_codec(device="cpu", threads=threads)
-    fresh = load_codec(device="cpu", threads=threads)  # has not just verified the streams
-    exact = load_codec(device="cpu", threads=threads, precision="float32")
+    codec = load_codec(checkpoint, device="cpu", threads=threads)
+    # One that has not just verified the streams, and must decode their symbols.
+    fresh = load_codec(checkpoint, device="cpu", threads=threads)
+    exact = load_codec(checkpoint, device="cpu", threads=threads, precision="float32")
     name = "tables.safetensors"
-    tables = safetensors.numpy.load(read_checkpoint().files[name])
+    tables = safetensors.numpy.load(read_checkpoint(checkpoint).files[name])
     coder = SymbolCoder(ContextTables.from_arrays(tables, name))
     cells = (HEIGHT // CELL, WIDTH // CELL)
 
@@ -137,10 +138,10 @@ class Difference:
     """Mean over the pictures of their PSNR in native precision less that in float32, dB."""
 
 
-def precision_difference(pictures: list[Path], threads: int) -> Difference:
+def precision_difference(pictures: list[Path], checkpoint: str, threads: int) -> Difference:
     """What native precision changes."""
-    native = load_codec(device="cpu", threads=threads)
-    exact = load_codec(device="cpu", threads=threads, precision="float32")
+    native = load_codec(checkpoint, device="cpu", threads=threads)
+    exact = load_codec(checkpoint, device="cpu", threads=threads, precision="float32")
     differences, gains = [], []
     for image in map(load_picture, pictures):
         streams = native.encode([image], tags=[()], exif_orientations=[1])
@@ -156,14 +157,14 @@ def precision_difference(pictures: list[Path], threads: int) -> Difference:
     )
 
 
-def throughput(pictures: list[Path], workers: int) -> dict[str, float]:
+def throughput(pictures: list[Path], checkpoint: str, workers: int) -> dict[str, float]:
     """Pictures a second that some processes of one thread each encode, and decode, together."""
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ[variable] = "1"  # read by the workers' libraries when they are loaded
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(workers)
     with context.Pool(workers, _begin, (barrier,)) as pool:
-        rates = pool.map(_work, [pictures] * workers, chunksize=1)
+        rates = pool.map(functools.partial(_work, checkpoint), [pictures] * workers, chunksize=1)
     return {stage: sum(rate[stage] for rate in rates) for stage in ("encode", "decode")}
 
 
@@ -175,8 +176,8 @@ def _begin(barrier: Barrier) -> None:
     _together = barrier
 
 
-def _work(paths: list[Path]) -> dict[str, float]:
-    codec = load_codec(device="cpu", threads=1)
+def _work(checkpoint: str, paths: list[Path]) -> dict[str, float]:
+    codec = load_codec(checkpoint, device="cpu", threads=1)
     images = [load_picture(path) for path in paths]
     streams = [codec.encode([i], tags=[()], exif_orientations=[1])[0] for i in images]
     codec.decode(streams[:1])
@@ -199,6 +200,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    parser.add_argument("--checkpoint", default="default", help="of the layered codec")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the networks")
     parser.add_argument("--workers", type=int, help="processes at the same time")
@@ -206,7 +208,7 @@ def main() -> None:
     options = parser.parse_args()
     environment = describe_environment(f"python {' '.join(sys.argv)}")
     if options.workers:
-        rates = throughput(options.pictures, options.workers)
+        rates = throughput(options.pictures, options.checkpoint, options.workers)
         if options.json:
             print(json.dumps({"environment": asdict(environment), "images/s": rates}, indent=2))
             return
@@ -214,8 +216,8 @@ def main() -> None:
         for stage, total in rates.items():
             print(f"{stage}: {total:.1f} images/s by {options.workers} processes together")
         return
-    stages = measure(options.pictures, options.rounds, options.threads)
-    difference = precision_difference(options.pictures, options.threads)
+    stages = measure(options.pictures, options.checkpoint, options.rounds, options.threads)
+    difference = precision_difference(options.pictures, options.checkpoint, options.threads)
     if options.json:
         found = {stage: asdict(times) for stage, times in stages.items()}
         facts = {"stages": found, "native precision": asdict(difference)}
