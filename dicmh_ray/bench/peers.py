@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, features
 
+from dicmh_ray.errors import EncodeError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
@@ -39,12 +41,19 @@ class Peer:
     encode time is then that of all of them."""
 
     def encode(self, image: npt.NDArray[np.uint8], quality: int) -> bytes:
-        """The file of a uint8 ``[H, W, 3]`` picture at one quality."""
+        """The file of a uint8 ``[H, W, 3]`` picture at one quality.
+
+        Raises:
+            EncodeError: the format does not hold such a picture, WebP none wider than 16383 pixels.
+        """
         picture = Image.fromarray(image)
         files = []
         for arguments in self.variants:
             file = io.BytesIO()
-            picture.save(file, self.format, quality=quality, **arguments)
+            try:
+                picture.save(file, self.format, quality=quality, **arguments)
+            except (OSError, ValueError) as exc:
+                raise EncodeError(f"{self.name}: {exc}") from exc
             files.append(file.getvalue())
         return min(files, key=len)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dicmh_ray.bench.equal_bytes import ORIGINAL, EqualReport
 from dicmh_ray.bench.metrics import label
-from dicmh_ray.bench.rd import RdReport
+from dicmh_ray.bench.rd import RdReport, curve_of
 from dicmh_ray.errors import MissingExtraError
 
 RATE_LABEL = "bits per pixel (whole file, unpadded area)"
@@ -29,12 +29,8 @@ def plot_curves(report: RdReport, folder: str | Path) -> list[Path]:
 
         def draw(axes: Any, metric: str = metric, note: str = note) -> None:
             for method in dict.fromkeys(point.method for point in report.points):
-                curve = [
-                    (point.bpp, quality)
-                    for point in report.points
-                    if point.method == method and (quality := point.quality(metric)) is not None
-                ]
-                _line(axes, sorted(curve), method, is_ours=method.startswith(report.codec))
+                line = sorted(curve_of(report.points, method, metric))
+                _line(axes, line, method, is_ours=method.startswith(report.codec))
             axes.axvspan(*report.headline_bpp, color="0.95", zorder=0)
             axes.set_title(f"{report.pictures}: mean of {report.num_images} images")
             _finish(axes, f"{_axis_label(metric)}{note}")

@@ -111,6 +111,9 @@ class Point:
     metrics: Mapping[str, float]
     """Each the mean over the images that have it."""
 
+    metric_bpp: Mapping[str, float]
+    """For each metric the mean rate of those images: what its curves are drawn over."""
+
     encode_s: float
     decode_s: float
 
@@ -246,11 +249,21 @@ def average(measurements: Sequence[Measurement]) -> tuple[Point, ...]:
             num_images=len(group),
             bpp=float(np.mean([one.bpp for one in group])),
             metrics=means([one.metrics for one in group]),
+            metric_bpp=means([dict.fromkeys(one.metrics, one.bpp) for one in group]),
             encode_s=float(np.mean([one.encode_s for one in group])),
             decode_s=float(np.mean([one.decode_s for one in group])),
         )
         for (method, setting), group in groups.items()
     )
+
+
+def curve_of(points: Sequence[Point], method: str, metric: str) -> list[tuple[float, float]]:
+    """Rate and quality in dB of a method at each of its settings, over the images with the metric."""
+    return [
+        (point.metric_bpp[metric], quality)
+        for point in points
+        if point.method == method and (quality := point.quality(metric)) is not None
+    ]
 
 
 def _settings(subject: Subject, options: BenchOptions) -> Iterator[tuple[str, str, Decoded]]:
@@ -273,7 +286,7 @@ def _compare(points: Sequence[Point], options: BenchOptions) -> Iterator[BdRate]
     ]
     for test, anchor in pairs:
         for metric in metrics:
-            curves = [_curve(points, method, metric) for method in (anchor, test)]
+            curves = [curve_of(points, method, metric) for method in (anchor, test)]
             if not all(curves):
                 continue
             whole = bd_rate(curves[0], curves[1])
@@ -287,11 +300,3 @@ def _compare(points: Sequence[Point], options: BenchOptions) -> Iterator[BdRate]
                 headline_percent=headline[0] if headline else None,
                 headline_range=headline[1] if headline else None,
             )
-
-
-def _curve(points: Sequence[Point], method: str, metric: str) -> list[tuple[float, float]]:
-    return [
-        (point.bpp, quality)
-        for point in points
-        if point.method == method and (quality := point.quality(metric)) is not None
-    ]

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ def find_images(sources: Sequence[str | Path]) -> list[tuple[str, Path]]:
     """The image files named, and those below the folders named, in order of name, each once.
 
     Returns:
-        For each a name (its path inside the folder) and its path.
+        For each a name of its own (its path inside the folder; its whole path where several
+        folders have that) and its path.
 
     Raises:
         SourceNotFoundError: there is none.
@@ -128,7 +130,8 @@ def find_images(sources: Sequence[str | Path]) -> list[tuple[str, Path]]:
                 found.setdefault(path, path.relative_to(source).as_posix())
     if not found:
         raise SourceNotFoundError(", ".join(map(str, sources)))
-    return sorted((name, path) for path, name in found.items())
+    times = Counter(found.values())
+    return sorted((name if times[name] == 1 else str(path), path) for path, name in found.items())
 
 
 def set_name(sources: Sequence[str | Path]) -> str:

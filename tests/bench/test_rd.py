@@ -12,7 +12,8 @@ from PIL import Image
 
 from dicmh_ray import bench
 from dicmh_ray.bench.bd_rate import bd_rate
-from dicmh_ray.bench.rd import average
+from dicmh_ray.bench.rd import average, curve_of
+from dicmh_ray.bench.subject import find_images, for_each_picture
 from dicmh_ray.errors import MissingExtraError, SourceNotFoundError
 from tests.bench.tiny import JPEG, QUICK, CodecWithMsSsim, a_picture
 from tests.fake_codec import POISON, FakeCodec
@@ -92,6 +93,52 @@ def test_averages_are_means_and_leave_out_what_was_not_measured():
     assert (point.bpp, point.metrics) == (2, {"psnr": 35, "ms_ssim": 0.9})
     assert (point.num_images, point.encode_s, point.decode_s) == (2, 2, 2)
     assert average([one])[0].quality("ms_ssim") is None
+
+
+def test_a_curve_pairs_a_metric_with_the_rate_of_the_images_that_have_it():
+    small = bench.Measurement(
+        method="m",
+        setting="s",
+        image="small",
+        num_bytes=1000,
+        num_pixels=80,
+        metrics={"psnr": 30},
+        encode_s=1,
+        decode_s=1,
+    )
+    large = dataclasses.replace(small, image="large", num_bytes=10, metrics={"ms_ssim": 0.9})
+    points = average([small, large])
+    assert curve_of(points, "m", "ms_ssim") == [(1, pytest.approx(10))]
+    assert curve_of(points, "m", "psnr") == [(100, 30)]
+
+
+def test_pictures_of_one_name_in_two_folders_are_two_pictures(tmp_path):
+    for i, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        Image.fromarray(a_picture(seed=i)).save(tmp_path / name / "1.png")
+    Image.fromarray(a_picture(seed=2)).save(tmp_path / "b" / "2.png")
+    found, skipped = for_each_picture(
+        find_images([tmp_path / "a", tmp_path / "b"]),
+        CodecWithMsSsim(),
+        lambda subject: (subject.name, subject.image),
+        peers=(),
+        threads=1,
+    )
+    assert not skipped
+    seeds = {str(tmp_path / "a" / "1.png"): 0, str(tmp_path / "b" / "1.png"): 1, "2.png": 2}
+    assert {name for name, _ in found} == set(seeds)
+    for name, image in found:
+        np.testing.assert_array_equal(image, a_picture(seed=seeds[name]))
+
+
+def test_a_picture_that_a_peer_cannot_hold_is_left_out_for_all(tmp_path):
+    Image.fromarray(a_picture(8, 16400)).save(tmp_path / "long.png")
+    Image.fromarray(a_picture()).save(tmp_path / "short.png")
+    options = bench.BenchOptions(peers=QUICK, threads=1)
+    report = bench.evaluate_rd([tmp_path], CodecWithMsSsim(), options=options)
+    assert report.num_images == 1
+    assert [name for name, _ in report.skipped] == ["long.png"]
+    assert "WebP" in report.skipped[0][1]
 
 
 @pytest.mark.parametrize("peer", bench.available_peers(), ids=lambda peer: peer.name)
