@@ -19,6 +19,7 @@
     + CodecMismatchError
     + EncodeError
     + WeightsError
+    + DeviceError           torch cannot compute on that device: name another
     + ViewError             the checkpoint draws no such view: ask for another
   x TagsError               tags cannot be made or read as asked
     + VocabularyError       a word list is not one: the message names the line
@@ -224,6 +225,17 @@ class WeightsError(CodecError):
 
     def __str__(self) -> str:
         return f"checkpoint {self.checkpoint}: {self.reason}"
+
+
+class DeviceError(CodecError):
+    """Torch cannot compute on the device that was asked for."""
+
+    def __init__(self, device: str, reason: str) -> None:
+        super().__init__(device, reason)
+        self.device, self.reason = device, reason
+
+    def __str__(self) -> str:
+        return f"device {self.device!r}: {self.reason}"
 
 
 class ViewError(CodecError):

@@ -141,7 +141,7 @@ def pack_photographs(
         report: called with a line of text at the end.
 
     Raises:
-        SourceError: a source cannot be read.
+        SourceError: a source cannot be read, or none of its pictures can be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index_path = folder / f"{PACK_NAME}.json"
@@ -164,7 +164,14 @@ def pack_photographs(
                     tag = (labels or {}).get(Path(source_image.source_uri).name)
                     index.append((end, image.shape[0], image.shape[1], [tag] if tag else []))
                     end += image.size
-        index_path.write_text(json.dumps(index))
+        if not index:
+            raise SourceFormatError(
+                ", ".join(sources),
+                f"none of {left_out} pictures can be decoded and has sides of {MIN_SIDE_PX} pixels",
+            )
+        part = index_path.with_suffix(".part")
+        part.write_text(json.dumps(index))
+        part.replace(index_path)
         if report is not None:
             report(f"packed {len(index)} photographs, {end / 2**20:.0f} MiB; left out {left_out}")
     return PackedPhotographs(folder)

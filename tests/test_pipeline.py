@@ -1,5 +1,6 @@
 """Every key in comes out once, whatever fails. No torch, no ray."""
 
+import math
 import pickle
 
 import numpy as np
@@ -95,6 +96,13 @@ def test_rows_do_not_depend_on_the_batch(batch_pixels):
     images = [source(key, data) for key, data in MIXED.items()]
     options = EncodeOptions(batch_pixels=batch_pixels)
     assert encode(images, options=options) == encode(images, options=EncodeOptions())
+
+
+@pytest.mark.parametrize("name", ["min_psnr", "min_worst_tile_psnr", "target_bpp"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_policy_has_finite_numbers(name, value):
+    with pytest.raises(ValueError, match=name):
+        EncodePolicy(**{name: value})
 
 
 def test_the_fewest_states_that_meet_the_floor_are_written():

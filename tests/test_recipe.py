@@ -48,6 +48,36 @@ def test_a_pack_holds_the_pictures_that_can_be_trained_on(
     np.testing.assert_array_equal(photographs.picture(2), np.asarray(Image.open(folder / "2.png")))
 
 
+def test_a_pack_without_pictures_is_refused_and_made_anew_when_there_are_some(
+    tmp_path: Path,
+) -> None:
+    source, pack = tmp_path / "source", tmp_path / "pack"
+    source.mkdir()
+    Image.new("RGB", (64, 64)).save(source / "small.png")
+    with pytest.raises(SourceFormatError, match="none of 1 pictures"):
+        pack_photographs([str(source)], pack)
+    Image.new("RGB", (300, 200)).save(source / "large.png")
+    assert pack_photographs([str(source)], pack).entries == [(0, 200, 300)]
+
+
+def test_a_run_cannot_begin_with_a_checkpoint_of_another_codec(
+    photographs: PackedPhotographs, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    for name in ("latent_coder", "tables", "vae"):
+        (tmp_path / "other" / f"{name}.safetensors").write_bytes(b"")
+    config = {"format": "dicmh-checkpoint/1", "codec": "diff-icmh"}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="codec is 'diff-icmh', wanted 'layered'"):
+        train(
+            photographs,
+            tmp_path / "run",
+            options=QUICK,
+            network=CODEC,
+            start_from=tmp_path / "other",
+        )
+
+
 def test_crops_are_the_same_for_the_same_seed(photographs: PackedPhotographs) -> None:
     crops = [photographs.crops(5, 96, np.random.default_rng(3)) for _ in range(2)]
     assert crops[0].shape == (5, 3, 96, 96)

@@ -184,6 +184,9 @@ def test_the_program_prints_what_a_users_tagger_says(run, tmp_path):
         "tags": [{"tag": "picture", "score": 0.9}, {"tag": "wide", "score": 0.75}],
     }
     assert "y.bmp" in result.stderr
+    result = run("tag", tmp_path / "nowhere.bmp", tmp_path / "x.bmp", *tagger, code=1)
+    assert result.stdout.count("x.bmp") == 2
+    assert f"{tmp_path / 'nowhere.bmp'}: No such file" in result.stderr
     white = picture(1)
     white[0, 0] = 255
     (tmp_path / "z.bmp").write_bytes(bmp(white))

@@ -79,10 +79,15 @@ def run_tag(
             tags_of = lambda image: tagger.tag([image])[0]
         for path in pictures:
             try:
-                tags = tags_of(load_pixels(path.read_bytes()).image)
+                image = load_pixels(path.read_bytes()).image
+            except OSError as exc:
+                failures.append(f"{path}: {exc.strerror or exc}")
+                continue
             except SourceImageError as exc:
                 failures.append(f"{path}: {exc}")
                 continue
+            try:
+                tags = tags_of(image)
             except (DicmhError, OSError):
                 raise
             except Exception as exc:  # noqa: BLE001  the user's code: other pictures may do

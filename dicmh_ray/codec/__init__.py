@@ -102,7 +102,8 @@ class ImageCodec(Protocol):
             exif_orientations: for each image the EXIF orientation (1..8) its source had.
 
         Raises:
-            EncodeError: a latent is not finite, or a stream does not verify.
+            EncodeError: a picture is larger than a stream can say (a side above 65535 pixels, or
+                268,435,456 in all), a latent is not finite, or a stream does not verify.
         """
 
     def decode(
@@ -212,6 +213,7 @@ def load_codec(
 
     Raises:
         WeightsError: the checkpoint is missing, incomplete or damaged.
+        DeviceError: torch knows no such device, or cannot use it on this machine.
         MissingExtraError: torch or another library of the ``codec`` extra is not installed.
     """
     content = read_checkpoint(checkpoint)

@@ -47,6 +47,9 @@ TAGGER_FILE = "tagger.safetensors"
 
 FORMAT = "dicmh-checkpoint/1"
 
+LAYERED_CODER = "layered/1"
+"""Value of ``coder`` in a layered checkpoint's ``config.json``: the layout of its payloads."""
+
 LATENT_UNIT = "latent_unit"
 """Tensor among the weights: float32 ``[C]``, what y was multiplied by before rounding."""
 

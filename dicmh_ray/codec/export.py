@@ -10,7 +10,13 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from dicmh_ray.codec.checkpoint import FORMAT, LATENT_UNIT, Checkpoint, read_checkpoint
+from dicmh_ray.codec.checkpoint import (
+    FORMAT,
+    LATENT_UNIT,
+    LAYERED_CODER,
+    Checkpoint,
+    read_checkpoint,
+)
 from dicmh_ray.codec.contexts import Symbols
 from dicmh_ray.codec.fitting import fit_tables, recount
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
@@ -23,8 +29,6 @@ from dicmh_ray.codec.symbols import (
     round_latent,
 )
 from dicmh_ray.codec.tables import RATIO, ContextTables
-
-CODER = "layered/1"
 
 GROUP_SHARES = (0.04, 0.16, 0.375, 0.625)
 """Where the channel groups end, as shares of the channels; few channels matter, so they come first."""
@@ -112,7 +116,7 @@ def write_checkpoint(
     weights[LATENT_UNIT] = network.latent.unit().detach().float().contiguous()
     config = {
         "format": FORMAT,
-        "coder": CODER,
+        "coder": LAYERED_CODER,
         "network": network.config.to_dict(),
         "provenance": provenance,
     }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dicmh_ray.codec.checkpoint import read_checkpoint
+from dicmh_ray.codec.device import find_device
 from dicmh_ray.codec.human import DiffusionRestorer
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher
@@ -108,6 +109,7 @@ def train_human(
 
     Raises:
         WeightsError: the run in ``folder`` has another shape, or the teacher is none.
+        DeviceError: there is no such device.
     """
     words = tuple(sorted({word for tags in photographs.tags for word in tags}))
     network = CodecNetwork(dataclasses.replace(config, human_words=words))
@@ -120,10 +122,8 @@ def train_human(
         if shapes == {k: v.shape for k, v in human.items()}:
             weights |= human
     network.load_state_dict(weights, strict=False)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = HumanStage(
-        network, photographs, folder, options, teacher=teacher, device=torch.device(device)
+        network, photographs, folder, options, teacher=teacher, device=find_device(device)
     )
     stage.run(report)
     return network.eval()

@@ -12,7 +12,7 @@ Shape suffixes: B images, C channels, i j the grid of y (1/16).
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bitstream
 from dicmh_ray.codec import Precision, Quality, TaggedStream, TagScore
-from dicmh_ray.codec.checkpoint import LATENT_UNIT, TAGGER_FILE, Checkpoint
+from dicmh_ray.codec.checkpoint import LATENT_UNIT, LAYERED_CODER, TAGGER_FILE, Checkpoint
 from dicmh_ray.codec.contexts import Symbols
+from dicmh_ray.codec.device import find_device
 from dicmh_ray.codec.framing import framed, header_of
 from dicmh_ray.codec.image_taggers import without_known
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
@@ -84,7 +85,7 @@ class LayeredCodec:
         network: CodecNetwork,
         tables: ContextTables,
         latent_unit: npt.NDArray[np.float32],
-        device: str,
+        device: torch.device,
     ) -> None:
         self.codec_id = checkpoint.codec_id
         self.num_states = network.config.num_states
@@ -93,7 +94,7 @@ class LayeredCodec:
             ("machine", "human") if network.human is not None else ("machine",)
         )
         self._steps = network.config.steps
-        self._device = torch.device(device)
+        self._device = device
         self._network = network.eval().to(self._device).to(memory_format=torch.channels_last)
         self._coder = SymbolCoder(tables)
         self._verified: list[tuple[bytes, Symbols]] = []
@@ -110,7 +111,7 @@ class LayeredCodec:
     ) -> list[bytes]:
         self._verified.clear()
         return [
-            self._encode_one(image, self._code(image), own, orientation)
+            self._write(self._header(image, orientation), self._code(image), own)
             for image, own, orientation in zip(images, tags, exif_orientations, strict=True)
         ]
 
@@ -126,10 +127,11 @@ class LayeredCodec:
         tagged = []
         self._verified.clear()
         for image, own, orientation in zip(images, tags, exif_orientations, strict=True):
+            header = self._header(image, orientation)
             coded = self._code(image)
             added = without_known(own, tagger.suggest(picture_features(coded.symbols)))
             every = [*own, *(tag.tag for tag in added)]
-            tagged.append(TaggedStream(self._encode_one(image, coded, every, orientation), added))
+            tagged.append(TaggedStream(self._write(header, coded, every), added))
         return tagged
 
     def suggest_tags(self, bitstreams: Sequence[bytes]) -> list[tuple[TagScore, ...]]:
@@ -189,20 +191,17 @@ class LayeredCodec:
     ) -> list[Quality]:
         return measure(originals, decoded)
 
-    def _encode_one(
-        self,
-        image: npt.NDArray[np.uint8],
-        coded: _Coded,
-        tags: Sequence[str],
-        exif_orientation: int,
-    ) -> bytes:
-        """Write a picture's stream, and decode its symbols again to be sure."""
-        header = header_of(
+    def _header(self, image: npt.NDArray[np.uint8], exif_orientation: int) -> Header:
+        """Made before the picture is coded: a size that no stream can have is found at once."""
+        return header_of(
             image,
             codec_id=self.codec_id,
             exif_orientation=exif_orientation,
             num_states=self.num_states,
         )
+
+    def _write(self, header: Header, coded: _Coded, tags: Sequence[str]) -> bytes:
+        """Write a picture's stream, and decode its symbols again to be sure."""
         data = write_bitstream(header, tags, coded.states)
         if not np.array_equal(self._decode_symbols(data, None)[1], coded.symbols):
             raise EncodeError("the stream does not decode to the symbols that were encoded")
@@ -231,8 +230,6 @@ class LayeredCodec:
 
     def _analyse(self, image: npt.NDArray[np.uint8]) -> RoundedLatent:
         """What there is to encode of a picture."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
         rows, columns = (-(-side // ALIGNMENT) for side in image.shape[:2])
         shape = (rows, columns, self.latent_channels)
         rounded = RoundedLatent(np.empty(shape, np.int16), np.empty(shape, np.uint8))
@@ -275,6 +272,8 @@ class LayeredCodec:
         The caller of ``encode`` decodes prefixes of it to choose the states: their symbols were
         decoded from these very bytes a moment ago, and coarser ones follow from the finest.
         """
+        if states is not None and states < 1:
+            raise ValueError(f"states is {states}, wanted 1 or more")
         for whole, finest in self._verified:
             if whole.startswith(data):
                 stream = parse_bitstream(data)
@@ -382,8 +381,12 @@ def load_layered_codec(
     """Load a checkpoint's networks and tables. Else as ``load_codec``."""
     if threads is not None:
         torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}, wanted {' or '.join(get_args(Precision))}")
+    found = find_device(device)
+    if content.config.get("coder") != LAYERED_CODER:
+        coder = content.config.get("coder")
+        raise WeightsError(content.name, f"coder is {coder!r}, wanted {LAYERED_CODER!r}")
     try:
         network = CodecNetwork(NetworkConfig.from_dict(content.config["network"]))
         weights = safetensors.torch.load(content.files["weights.safetensors"])
@@ -398,6 +401,6 @@ def load_layered_codec(
         if not torch.isfinite(value).all():
             raise WeightsError(content.name, f"{key} is not finite")
     if precision == "auto":
-        network.compute_in(native_precision(torch.device(device)))
+        network.compute_in(native_precision(found))
     frozen = ContextTables.from_arrays(tables, content.name)
-    return LayeredCodec(content, network, frozen, unit.numpy(), device)
+    return LayeredCodec(content, network, frozen, unit.numpy(), found)

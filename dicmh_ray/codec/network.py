@@ -1,5 +1,6 @@
 """The networks of the default codec in one module: autoencoder, latent transform, restorer."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -70,6 +71,10 @@ class NetworkConfig:
 
     finest_step: float = 17.0
     """Quantiser step of the last state, in units of an 8-bit sample for an orthonormal basis."""
+
+    def __post_init__(self) -> None:
+        if not (self.finest_step > 0 and math.isfinite(self.finest_step)):
+            raise ValueError(f"finest_step is {self.finest_step}, wanted a finite one above 0")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

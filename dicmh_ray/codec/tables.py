@@ -45,6 +45,17 @@ NUM_PARENT_CLASSES = 3
 EXACT_LIMIT = float(1 << 24)
 """Sums of integers below this magnitude are exact in float32."""
 
+WEIGHTS = (
+    "spread_bias",
+    "spread_parent",
+    "spread_around",
+    "spread_current",
+    "spread_sides",
+    "offset_parent",
+    "offset_sides",
+)
+"""Fields of :class:`ContextTables` that sums are made with."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextTables:
@@ -110,8 +121,10 @@ class ContextTables:
         """Check every invariant that decoding relies on.
 
         Raises:
-            WeightsError: a table is not a distribution, or a sum might not be exact.
+            WeightsError: an array has another shape than the others, a table is not a distribution,
+                or a sum might not be exact.
         """
+        self._check_shapes(name)
         for state, table in enumerate(self.frequencies):
             if table.shape[0] != self.num_tables() or table.min() < 1:
                 raise WeightsError(name, f"state {state}: bad frequency table")
@@ -133,27 +146,43 @@ class ContextTables:
         for sums in (spread, offset):
             if not sums.max() < EXACT_LIMIT:
                 raise WeightsError(name, f"context sums may reach {sums.max():.0f}, not exact")
-        for weights in (self.spread_bias, self.spread_parent, self.offset_parent):
-            if (weights != np.rint(weights)).any():
-                raise WeightsError(name, "context weights are not integers")
-        if tuple(sorted(set(self.groups))) != self.groups or self.groups[0] != 0:
+        for field in WEIGHTS:
+            weights = getattr(self, field)
+            if not np.array_equal(weights, np.rint(weights)):
+                raise WeightsError(name, f"{field} has weights that are not integers")
+        if tuple(sorted(set(self.groups))) != self.groups or self.groups[:1] != (0,):
             raise WeightsError(name, f"channel groups are {self.groups}")
         if self.groups[-1] != self.channels:
             raise WeightsError(name, f"channel groups end at {self.groups[-1]}")
+        if tuple(sorted(set(self.offset_edges))) != self.offset_edges:
+            raise WeightsError(name, f"offset edges are {self.offset_edges}, wanted ascending ones")
+
+    def _check_shapes(self, name: str) -> None:
+        states, channels = self.spread_bias.shape if self.spread_bias.ndim == 2 else (0, 0)
+        wanted = {
+            "spread_bias": (states, channels),
+            "spread_parent": (states, channels, channels),
+            "spread_around": (states, channels, channels),
+            "spread_current": (states, channels, channels),
+            "spread_sides": (states, channels),
+            "offset_parent": (states, channels, 3),
+            "offset_sides": (states, channels),
+            "spread_buckets": (states, SPREAD_LEVELS),
+        }
+        for field, shape in wanted.items():
+            found = getattr(self, field).shape
+            if found != shape or 0 in shape:
+                raise WeightsError(name, f"{field} is {list(found)}, wanted {list(shape)}")
+        if len(self.frequencies) != states:
+            raise WeightsError(name, f"{len(self.frequencies)} frequency tables, wanted {states}")
+        for state, table in enumerate(self.frequencies):
+            if table.ndim != 2:
+                raise WeightsError(name, f"frequencies_{state} is {list(table.shape)}")
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Named arrays for ``tables.safetensors``; weights as int16."""
         arrays: dict[str, npt.NDArray[Any]] = {
-            name: getattr(self, name).astype(np.int16)
-            for name in (
-                "spread_bias",
-                "spread_parent",
-                "spread_around",
-                "spread_current",
-                "spread_sides",
-                "offset_parent",
-                "offset_sides",
-            )
+            name: getattr(self, name).astype(np.int16) for name in WEIGHTS
         }
         arrays["groups"] = np.array(self.groups, np.int32)
         arrays["spread_buckets"] = self.spread_buckets
@@ -170,18 +199,7 @@ class ContextTables:
             WeightsError: an array is missing or breaks an invariant.
         """
         try:
-            weights = {
-                field: np.ascontiguousarray(arrays[field], np.float32)
-                for field in (
-                    "spread_bias",
-                    "spread_parent",
-                    "spread_around",
-                    "spread_current",
-                    "spread_sides",
-                    "offset_parent",
-                    "offset_sides",
-                )
-            }
+            weights = {field: np.ascontiguousarray(arrays[field], np.float32) for field in WEIGHTS}
             tables = cls(
                 **weights,
                 groups=tuple(int(g) for g in arrays["groups"]),
@@ -189,7 +207,7 @@ class ContextTables:
                 offset_edges=tuple(int(e) for e in arrays["offset_edges"]),
                 frequencies=tuple(
                     np.ascontiguousarray(arrays[f"frequencies_{k}"], np.int32)
-                    for k in range(weights["spread_bias"].shape[0])
+                    for k in range(sum(key.startswith("frequencies_") for key in arrays))
                 ),
             )
         except KeyError as exc:

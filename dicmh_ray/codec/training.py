@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dicmh_ray.codec.checkpoint import read_checkpoint
+from dicmh_ray.codec.checkpoint import LAYERED, read_checkpoint
+from dicmh_ray.codec.device import find_device
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.objectives import FeatureTeacher, StructuralDistance
 from dicmh_ray.codec.photographs import JPEG_SHARE, PATTERN_SHARE, PackedPhotographs
@@ -141,17 +142,17 @@ def train(
         The network with averaged weights, in evaluation mode.
 
     Raises:
-        WeightsError: ``folder`` holds a run of another shape, or ``start_from`` has one.
+        WeightsError: ``folder`` holds a run of another shape, or ``start_from`` has one or is of
+            another codec.
+        DeviceError: there is no such device.
     """
     torch.manual_seed(options.seed)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = CodecStage(
         photographs,
         folder,
         options,
         network,
-        torch.device(device),
+        find_device(device),
         start_from=start_from,
         teacher=teacher,
     )
@@ -189,6 +190,8 @@ class CodecStage(Stage):
             self.network.initialise_units(crops.to(device, torch.float32))
         elif run.progress() is None:
             found = read_checkpoint(str(start_from))
+            if found.codec != LAYERED:
+                raise WeightsError(str(start_from), f"codec is {found.codec!r}, wanted {LAYERED!r}")
             weights = safetensors.torch.load(found.files["weights.safetensors"])
             grown = NetworkConfig.from_dict(found.config["network"])
             grow_from(self.network, grown, weights, name=str(start_from))

@@ -36,6 +36,7 @@ from transformers.utils.logging import (
 )
 
 from dicmh_ray.codec import TagScore
+from dicmh_ray.codec.device import find_device
 from dicmh_ray.codec.image_taggers import (
     DEFAULT_THRESHOLD,
     DEFAULT_TOP_K,
@@ -102,9 +103,7 @@ class ZeroShotTagger:
         self.kind = self._kind(directory, kind)
         self.vocabulary = vocabulary
         self._threshold, self._top_k = threshold, top_k
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        self._device = find_device(device)
         self._model, self._processor = self._load(directory)
         self._text_WD = self._text_embeddings(
             tuple(prompts) or DEFAULT_PROMPTS[self.kind], cache or cache_folder()

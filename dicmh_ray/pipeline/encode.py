@@ -17,6 +17,7 @@ is more; and what the codec takes for a batch. Rows hold streams, not pixels.
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, Self
@@ -121,8 +122,11 @@ class EncodePolicy:
             raise ValueError("states and target_bpp exclude each other")
         if self.states is not None and self.states < 1:
             raise ValueError(f"states is {self.states}, wanted at least 1")
-        if self.target_bpp is not None and not self.target_bpp > 0:
+        if self.target_bpp is not None and not 0 < self.target_bpp < math.inf:
             raise ValueError(f"target_bpp is {self.target_bpp}, wanted more than 0")
+        for name in ("min_psnr", "min_worst_tile_psnr"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted finite dB")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f"max_bytes is {self.max_bytes}, wanted at least 1")
         if self.base_states < 1:

@@ -33,6 +33,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from dicmh_ray.bitstream import MAX_SIDE_PX
 from dicmh_ray.errors import SourceImageError, UnreadableImageError, UnsupportedImageError
 from dicmh_ray.source import structure
 from dicmh_ray.source.magic import sniff_format
@@ -106,7 +107,7 @@ def load_pixels(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
             ``too many pixels``, ``out of memory``.
         UnsupportedImageError: ``alpha``, ``16-bit`` (also ``10-bit``, ``12-bit``, ``32-bit``,
             ``float``), ``cmyk``, ``ycck``, ``lab``, ``animated``, ``multi-frame``,
-            ``multi-picture``, or the name of a format that is known but not read (``heif``, ...).
+            ``multi-picture``, ``side above 65535 pixels``, or the name of a format that is known but not read (``heif``, ...).
     """
     if not data:
         raise UnreadableImageError("empty")
@@ -157,21 +158,23 @@ def _load(data: bytes, name: str, max_pixels: int) -> Pixels:
         if image.width == 0 or image.height == 0:
             raise UnreadableImageError("damaged")
         _check_kind(image, name)
-        exif = exif or _exif(image)
-        orientation = structure.exif_orientation(exif)
-        is_upright = False
+        if max(image.size) > MAX_SIDE_PX:
+            raise UnsupportedImageError(f"side above {MAX_SIDE_PX} pixels")
+        turned = None
         if isinstance(image, TiffImagePlugin.TiffImageFile):
+            # This plugin turns the picture itself while it loads.
             stated = image.tag_v2.get(_TIFF_ORIENTATION, 1)
-            orientation = stated if isinstance(stated, int) and 1 <= stated <= 8 else 1
-            is_upright = True  # this plugin turns the picture itself while it loads
+            turned = stated if isinstance(stated, int) and 1 <= stated <= 8 else 1
         if name == "PNG":
             structure.check_png_rows(data)
         icc = image.info.get("icc_profile")
         image.load()
+        exif = exif or _exif(image)  # not before: a PNG may have it behind its samples
         rgb, is_grey = _rgb(image, data, name)
         image.close()
+    orientation = structure.exif_orientation(exif) if turned is None else turned
     return Pixels(
-        image=np.ascontiguousarray(rgb if is_upright else _upright(rgb, orientation)),
+        image=np.ascontiguousarray(rgb if turned is not None else _upright(rgb, orientation)),
         exif_orientation=orientation,
         exif=exif,
         icc=icc if isinstance(icc, bytes) and icc else None,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from dicmh_ray.bitstream import Header, State, parse_bitstream, prefix_bytes, write_bitstream
@@ -16,6 +17,7 @@ from dicmh_ray.codec.layered_codec import LayeredCodec
 from dicmh_ray.errors import (
     BitstreamError,
     CodecMismatchError,
+    DeviceError,
     EncodeError,
     SymbolError,
     WeightsError,
@@ -263,3 +265,79 @@ def test_an_incomplete_or_damaged_checkpoint_is_refused(tmp_path: Path, name: st
     (tmp_path / name).unlink()
     with pytest.raises(WeightsError, match=name):
         load_codec(tmp_path)
+
+
+def altered_checkpoint(
+    folder: Path, config: dict[str, Any] | None = None, tables: dict[str, Any] | None = None
+) -> Path:
+    """The golden checkpoint with some fields of its configuration or tables replaced."""
+    for file in (GOLDEN / "checkpoint").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    whole = json.loads((folder / "config.json").read_text())
+    network = whole["network"] | (config or {}).pop("network", {})
+    (folder / "config.json").write_text(json.dumps(whole | (config or {}) | {"network": network}))
+    arrays = safetensors.numpy.load_file(folder / "tables.safetensors")
+    for name, change in (tables or {}).items():
+        arrays[name] = np.ascontiguousarray(change(arrays[name]))
+    safetensors.numpy.save_file(arrays, folder / "tables.safetensors")
+    return folder
+
+
+def test_payloads_of_another_layout_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="coder is 'layered/2', wanted 'layered/1'"):
+        load_codec(altered_checkpoint(tmp_path, {"coder": "layered/2"}))
+
+
+@pytest.mark.parametrize("step", [0, -3, float("nan"), float("inf"), "17"])
+def test_a_quantiser_step_that_is_none_is_refused(tmp_path: Path, step: object) -> None:
+    with pytest.raises(WeightsError):
+        load_codec(altered_checkpoint(tmp_path, {"network": {"finest_step": step}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("spread_around", lambda a: a[:, :5], "spread_around is"),
+        ("spread_current", lambda a: a[:1], "spread_current is"),
+        ("spread_bias", lambda a: a[0], "spread_bias is"),
+        ("spread_buckets", lambda a: a[:, 1:], "spread_buckets is"),
+        ("frequencies_0", lambda a: a[0], "frequencies_0 is"),
+        ("groups", lambda a: a[:0], "groups"),
+        ("spread_around", lambda a: a + np.float32(0.5), "spread_around has weights"),
+        ("spread_sides", lambda a: a + np.float32(0.5), "spread_sides has weights"),
+        ("offset_edges", lambda a: a[::-1], "offset edges"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(
+    tmp_path: Path, name: str, change: Callable[[Any], Any], said: str
+) -> None:
+    with pytest.raises(WeightsError, match=said):
+        load_codec(altered_checkpoint(tmp_path, tables={name: change}))
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(DeviceError, match=device):
+        load_codec(GOLDEN / "checkpoint", device=device)
+
+
+def test_a_precision_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="precision is 'bf16'"):
+        load_codec(GOLDEN / "checkpoint", precision="bf16")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("states", [0, -1])
+def test_no_states_are_refused_for_a_picture_just_encoded_too(
+    codec: LayeredCodec, states: int
+) -> None:
+    data = encode(codec, picture(20, 20))
+    with pytest.raises(ValueError, match="wanted 1 or more"):
+        codec.decode([data], states=states)
+
+
+def test_a_picture_that_no_header_can_hold_is_refused_before_it_is_coded(
+    codec: LayeredCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "_code", lambda image: pytest.fail("it was coded"))
+    with pytest.raises(EncodeError, match="66000x2"):
+        encode(codec, np.zeros((2, 66_000, 3), np.uint8))

@@ -230,6 +230,10 @@ UNSUPPORTED = {
     "CMYK TIFF": (lambda: encoded(Image.fromarray(PHOTO).convert("CMYK"), "TIFF"), "cmyk"),
     "LAB TIFF": (lambda: encoded(lab_image(), "TIFF"), "lab"),
     "multi-picture JPEG": (multi_picture_jpeg, "multi-picture"),
+    "wide PNG": (
+        lambda: encoded(np.zeros((1, 65_536), np.uint8), "PNG"),
+        "side above 65535 pixels",
+    ),
     "animated GIF": (lambda: animation("GIF"), "animated"),
     "animated WebP": (lambda: animation("WEBP"), "animated"),
     "animated AVIF": (lambda: animation("AVIF"), "animated"),
@@ -503,3 +507,15 @@ def test_damaged_files_give_pixels_or_a_source_image_error_and_nothing_else(seed
         assert pixels.image.dtype == np.uint8
         assert pixels.image.ndim == 3
     assert 0 < len(found) < 40
+
+
+def test_a_png_whose_exif_follows_its_samples_is_turned_too():
+    chunks = png_chunks(encoded(PHOTO, "PNG"))
+    block = (b"eXIf", exif_block(6)[6:])
+    before, after = (
+        load_pixels(png_file([chunks[0], block, *chunks[1:]])),
+        load_pixels(png_file([*chunks[:-1], block, chunks[-1]])),
+    )
+    assert (after.exif_orientation, after.exif) == (6, before.exif)
+    np.testing.assert_array_equal(after.image, np.rot90(PHOTO, -1))
+    np.testing.assert_array_equal(after.image, before.image)

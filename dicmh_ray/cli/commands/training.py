@@ -32,7 +32,9 @@ def train(
         ),
     ] = "default",
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="End the schedule by then.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="End the schedule by then.")
+    ] = None,
     start_from: Annotated[
         str | None,
         typer.Option("--from", help="Improve a checkpoint: `default` or a directory."),
@@ -167,7 +169,7 @@ def tag(
 
     Examples:
 
-        dicmh tag photo.jpg
+        dicmh tag photo.jpg --checkpoint checkpoints/with-tagger
 
         dicmh tag *.jpg --tagger clip:models/clip --vocabulary words.txt --top-k 5 --json
     """

@@ -30,6 +30,7 @@ from dicmh_ray.bitstream import (
 from dicmh_ray.checksum import crc32c
 from dicmh_ray.codec import Quality
 from dicmh_ray.codec.checkpoint import Checkpoint
+from dicmh_ray.codec.device import find_device
 from dicmh_ray.codec.framing import Image, framed, header_of
 from dicmh_ray.codec.icmh.control import ControlledUNet
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
@@ -98,7 +99,7 @@ class IcmhCodec:
     A stream has one state. Its latent is y, dequantised; what the VAE decodes is estimated from it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, parts: Parts, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, parts: Parts, device: torch.device) -> None:
         self.codec_id = checkpoint.codec_id
         self.num_states = 1
         self.latent_channels = parts.config.latent_coder.y_channels
@@ -107,7 +108,7 @@ class IcmhCodec:
         )
         self._checkpoint = checkpoint
         self._parts = parts
-        self._device = torch.device(device)
+        self._device = device
         for module in parts.modules().values():
             module.to(self._device)
         self._exact, self._normals = load_tables(checkpoint, parts.config)
@@ -249,8 +250,6 @@ class IcmhCodec:
 
     def _encode_one(self, image: Image, tags: Sequence[str], exif_orientation: int) -> bytes:
         """Code a picture's latents, and decode them again to be sure."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image is {image.dtype} {image.shape}, wanted uint8 [H, W, 3]")
         header = header_of(
             image, codec_id=self.codec_id, exif_orientation=exif_orientation, num_states=1
         )
@@ -392,9 +391,8 @@ def load_icmh_codec(
     """Load a checkpoint's networks and tables. Else as ``load_codec``."""
     if threads is not None:
         torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return IcmhCodec(content, load_machine_parts(content), device)
+    found = find_device(device)
+    return IcmhCodec(content, load_machine_parts(content), found)
 
 
 def _times4(cells: slice) -> slice:

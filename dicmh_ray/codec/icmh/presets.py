@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 from dicmh_ray.codec.checkpoint import Checkpoint, read_checkpoint
+from dicmh_ray.codec.device import find_device
 from dicmh_ray.codec.icmh.config import (
     IcmhConfig,
     LatentCoderConfig,
@@ -186,11 +187,10 @@ def train_icmh(
     Raises:
         SourceFormatError: no photograph is large enough for a crop.
         WeightsError: ``folder`` holds a run of another shape, or ``start_from`` does not fit.
+        DeviceError: there is no such device.
     """
     chosen = ICMH_PRESETS[preset]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = torch.device(device)
+    target = find_device(device)
     photographs.require(largest_crop(chosen, options, prior))
     output = folder / CHECKPOINT_NAME
     words = sorted({word for tags in photographs.tags for word in tags})
