@@ -13,19 +13,13 @@ import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from typer.core import TyperGroup
-from typer.main import get_command
-
 from dicmh_ray.cli import app
+from dicmh_ray.cli.program import values_of
 
 
 def parse(arguments: Sequence[str]) -> SimpleNamespace:
     """The values of a command line, checked and not run: for who writes one for a cluster."""
-    program = get_command(app)
-    if not isinstance(program, TyperGroup):
-        raise TypeError(f"the program is a {type(program).__name__}, wanted a group of commands")
-    context = program.commands["compress"].make_context("compress_collection", list(arguments))
-    return SimpleNamespace(**context.params)
+    return values_of("compress", arguments)
 
 
 def main() -> None:

@@ -695,7 +695,7 @@ def test_the_scripts_of_the_image_take_what_is_rendered():
     assert (parsed.archive, parsed.task, parsed.net) == (
         "s3://bucket/archive", "classify", "s3://nets/a.onnx"
     )  # fmt: skip
-    assert (parsed.ray_address, parsed.workers, parsed.local) == ("auto", 4, False)
+    assert (parsed.ray_address, parsed.workers, parsed.runtime) == ("auto", 4, "ray")
     parsed = parsed_as_job(entrypoint(options(job="decode", arguments=["--view", "thumbnail"])))
     assert (parsed.archive, parsed.output) == ("s3://bucket/archive", "s3://bucket/out")
     assert (parsed.ray_address, parsed.num_gpus, parsed.runtime) == ("auto", 1, "ray")

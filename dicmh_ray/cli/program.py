@@ -1,9 +1,13 @@
 """The ``dicmh`` program, which its commands join."""
 
 import logging
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 app = typer.Typer(
     name="dicmh",
@@ -30,3 +34,16 @@ def configure(
         level=logging.INFO if verbose else logging.ERROR,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+
+
+def values_of(command: str, arguments: Sequence[str]) -> SimpleNamespace:
+    """The values of a command's options, checked and not run.
+
+    Raises:
+        click.UsageError: the command has no such option, or an option no such value.
+    """
+    program = get_command(app)
+    if not isinstance(program, TyperGroup):
+        raise TypeError(f"the program is a {type(program).__name__}, wanted a group of commands")
+    context = program.commands[command].make_context(command, list(arguments))
+    return SimpleNamespace(**context.params)

@@ -85,7 +85,10 @@ def _gaussian_band(size: int) -> Tensor:
 
 
 class FeatureTeacher(nn.Module):
-    """A frozen convolutional classifier whose features must survive coding (SC loss, spec C).
+    """A frozen convolutional classifier whose features must survive coding.
+
+    The semantic-consistency (SC) loss of Diff-ICMH (arXiv:2511.22549), with a classifier in the
+    place of the diffusion prior.
 
     Reads a safetensors file whose header describes the layers: ``layers`` is a JSON list of
     ``{"i", "op": "conv" | "dw" | "add", "src", "k", "s", "relu6"}``; tensors ``{i}.w``

@@ -3,7 +3,7 @@
 Each image of a batch is decoded from one state, drawn so that a batch holds all of them; its loss
 is ``bpp + lambda_k * D`` of that state, divided by the running mean of its own size, so that
 every state counts by relative, not absolute, improvement. The distortion D mixes squared error,
-structure (MS-SSIM) and, where a teacher is given, its features (the SC loss, spec C). Training is resumable: the run's folder
+structure (MS-SSIM) and, where a teacher is given, its features (the SC loss of Diff-ICMH). Training is resumable: the run's folder
 holds its whole state, and a run that is killed goes on where its last save was.
 """
 

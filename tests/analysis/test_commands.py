@@ -86,13 +86,15 @@ def test_a_head_is_fitted_and_run(run, archive, tmp_path):
 def test_the_job_prints_its_report_and_ends_with_its_code(archive, monkeypatch, capsys):
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["analyze_collection.py", archive, *arguments])
-        code = analyze_collection.main()
-        return code, capsys.readouterr().out
+        with pytest.raises(SystemExit) as ended:
+            analyze_collection.main()
+        return ended.value.code, capsys.readouterr().out
 
-    code, output = main("--task", USER_TASK, "--local")
+    here = ("--runtime", "local")
+    code, output = main("--task", USER_TASK, *here, "--batch-size", "4")
     assert code == 0
     assert json.loads(output)["report"]["rows"] == 15
-    assert main("--task", "tests.analysis.user_tasks:Broken", "--local") == (3, "")
-    assert main("--task", "nonsense", "--local") == (1, "")
+    assert main("--task", "tests.analysis.user_tasks:Broken", *here) == (3, "")
+    assert main("--task", "nonsense", *here) == (1, "")
     shutil.rmtree(archive)
-    assert main("--task", "tags", "--local") == (1, "")
+    assert main("--task", "tags", *here) == (1, "")

@@ -75,14 +75,20 @@ def train(
 ) -> None:
     """Train a checkpoint on photographs and export it to OUTPUT/checkpoint.
 
-    Example:
+    Examples:
 
         dicmh train photos/ -o run/ --minutes 90
+
         dicmh train photos/ -o better/ --from default --minutes 90
+
         dicmh train photos/ -o full/ --teacher mobilenet.safetensors --labels labels.csv
+
         dicmh train photos/ -o full/ --teacher mobilenet.safetensors --workers 8 --gpu
+
         dicmh train photos/ -o icmh/ --preset diff-icmh-small --prior-minutes 30 --minutes 60
+
         dicmh train photos/ -o large/ --preset diff-icmh --from sd21/ --rate 8
+
         dicmh train photos/ -o large/ --preset diff-icmh --from sd21/ --workers 8 --gpu
     """
     from dicmh_ray.cli.training import run_train

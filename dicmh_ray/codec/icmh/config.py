@@ -12,7 +12,7 @@ KIND = "diff-icmh"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentCoderConfig:
-    """Widths of ``lfgcm`` (spec A.2). ``N``, ``M``: compressai's names of the channels of z and y."""
+    """Widths of ``lfgcm``. ``N``, ``M``: compressai's names of the channels of z and y."""
 
     latent_channels: int = 4
     """Channels of the VAE's latent: the guide of the encoder and what the decoder estimates."""
@@ -62,7 +62,7 @@ class VaeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestorerConfig:
-    """The U-Net and its control branch (spec A.3)."""
+    """The U-Net and its control branch."""
 
     block_widths: tuple[int, ...] = (320, 640, 1280, 1280)
     """Channels of the levels; the last has no attention."""
@@ -81,7 +81,7 @@ class RestorerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextConfig:
-    """The text encoder (spec A.4): transformers' CLIP text model without its last block."""
+    """The text encoder: transformers' CLIP text model without its last block."""
 
     width: int = 1024
     layers: int = 23
@@ -94,7 +94,7 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerConfig:
-    """How a human view is drawn (spec A.5)."""
+    """How a human view is drawn."""
 
     kind: Literal["ddpm", "ddim", "dpm-solver++", "euler"] = "ddpm"
     """``ddpm``: the official spaced ancestral sampler; the others are diffusers' schedulers."""

@@ -1,4 +1,4 @@
-"""The restorer: Stable Diffusion's U-Net steered by a control branch (spec A.3).
+"""The restorer: Stable Diffusion's U-Net steered by a control branch.
 
 The branch is a second encoder that sees the decoded latent beside the noisy one. It runs in lock
 step with the frozen U-Net and adds to it after every block through 1x1 convolutions that start at
@@ -210,7 +210,7 @@ class ControlledUNet(nn.Module):
         self.control = ControlBranch(config, latent_channels)
 
     def initialise_control(self) -> None:
-        """Start the control branch as a copy of the U-Net's encoder (spec A.3).
+        """Start the control branch as a copy of the U-Net's encoder.
 
         Its first convolution reads noisy latent and hint, and gets the U-Net's kernel for each; the
         1x1 convolutions are set to zero.
@@ -286,7 +286,7 @@ class ControlledUNet(nn.Module):
         *,
         block: int | None = None,
     ) -> Tensor:
-        """What the frozen U-Net makes of a latent taken as its input (spec C), ``[B, F, h', w']``.
+        """What the frozen U-Net makes of a latent taken as its input, ``[B, F, h', w']``.
 
         Args:
             latent_BChw: scaled latent, without noise as in the paper.
@@ -309,7 +309,7 @@ class ControlledUNet(nn.Module):
 
 
 def semantic_distance(f_BFhw: Tensor, g_BFhw: Tensor) -> Tensor:
-    """``1 - cos(f, g)`` over the features, averaged over positions, ``[B]`` in 0..2 (spec C).
+    """``1 - cos(f, g)`` over the features, averaged over positions, ``[B]`` in 0..2.
 
     Computed as half the squared distance of the unit vectors, which is the same number and does not
     cancel: equal features are exactly 0 apart.

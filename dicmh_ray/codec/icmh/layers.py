@@ -1,4 +1,4 @@
-"""Building blocks of the latent coder (spec A.2). Attribute names are keys of the official weights.
+"""Building blocks of the latent coder. Attribute names are keys of the official weights.
 
 Plain convolutions come from compressai. Its residual blocks are not these ones: they end in GDN, and
 the official networks in a leaky rectifier.

@@ -1,4 +1,4 @@
-"""lfgcm, the latent coder of Diff-ICMH (spec A.2): image and VAE latent <-> y and z.
+"""lfgcm, the latent coder of Diff-ICMH: image and VAE latent <-> y and z.
 
     image, ref ──encoder──> y ──hyper_enc(ref)──> z
     z_hat ──hyper_dec──> hyper ──coding steps──> scales and means of y, slice by slice

@@ -1,6 +1,6 @@
 """The container that the official Diff-ICMH program writes: one file an image, no extension.
 
-All numbers are big-endian u32 (spec B):
+All numbers are big-endian u32:
 
     z height | z width | 2 | length, y bytes | length, z bytes
     [ number of tags | 13 | length, tag payload ]

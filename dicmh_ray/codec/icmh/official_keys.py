@@ -10,7 +10,7 @@ rule explains is an error that names it, and nothing is dropped.
     control   control_model.                       349
     vae       first_stage_model.                   248
 
-The functions take keys without that prefix. Table of the names: spec A.3.
+The functions take keys without that prefix.
 """
 
 import re

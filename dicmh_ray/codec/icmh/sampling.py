@@ -1,6 +1,6 @@
 """Samplers: from noise to a latent through the controlled U-Net's predictions of the noise.
 
-``ddpm`` is the official sampler (spec A.5): ancestral, with betas recomputed between the timesteps
+``ddpm`` is the official sampler: ancestral, with betas recomputed between the timesteps
 that are kept. The others are diffusers' schedulers, deterministic given the noise they begin with;
 they run over the same recomputed betas, so that every sampler may take any timesteps. All begin with
 the same state and all noise comes from the caller (:mod:`.noise`): a picture depends on its stream,
@@ -120,7 +120,7 @@ def guided(
     hint_BChw: Tensor | None,
     guidance: float,
 ) -> Tensor:
-    """Classifier-free guidance (spec A.4): ``eps("") + s (eps(tags) - eps(""))``.
+    """Classifier-free guidance: ``eps("") + s (eps(tags) - eps(""))``.
 
     Both predictions come from one call of the model, over a batch of twice the size; where s is 1
     or 0 one of them has no weight and is not made.

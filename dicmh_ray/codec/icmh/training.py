@@ -1,4 +1,4 @@
-"""Train Diff-ICMH (spec C): first a prior where there is none, then the coder and its control branch.
+"""Train Diff-ICMH: first a prior where there is none, then the coder and its control branch.
 
     photographs ──VAE──> z0 ──noise──> U-Net(text) ──> noise             the prior: once, then frozen
     photographs ──VAE──> z0 ──lfgcm──> bits, c ──> U-Net + control(c, text) ──> noise    the codec
@@ -40,7 +40,7 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IcmhOptions(StageOptions):
-    """The codec's stage. Weights are those of the paper (spec C); ``rate`` chooses the model.
+    """The codec's stage. Weights are those of the paper; ``rate`` chooses the model.
 
     Crops are multiples of 64 pixels per side."""
 

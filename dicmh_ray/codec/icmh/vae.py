@@ -1,4 +1,4 @@
-"""The autoencoder between pixels and the scaled latent, whatever network it is (spec A.1).
+"""The autoencoder between pixels and the scaled latent, whatever network it is.
 
 Everything outside this module sees one convention: pixels ``[B, 3, H, W]`` in -1..1, latents
 ``[B, C, h, w]`` multiplied by ``scaling``, so that their spread is about 1. What differs between
