@@ -3,6 +3,7 @@
 * DicmhError
   x SourceError             this collection cannot be read: fix the arguments or the source
     + SourceNotFoundError
+    + SourceAddressError    no filesystem can be had for this address
     + SourceFormatError
     + SourceChangedError    the source is not the one that was planned: plan again
   x SourceImageError        this image cannot be coded: record it, go on
@@ -70,6 +71,17 @@ class SourceNotFoundError(SourceError):
 
     def __str__(self) -> str:
         return f"no file matches {self.source!r}"
+
+
+class SourceAddressError(SourceError, ValueError):
+    """A source argument is an address that cannot be opened, whatever lies there."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
 
 
 class SourceFormatError(SourceError):

@@ -23,7 +23,7 @@ from dicmh_ray.errors import SourceFormatError, SourceNotFoundError
 from dicmh_ray.source.files import SIDECAR_EXTENSIONS, stem_of
 from dicmh_ray.source.magic import IMAGE_EXTENSIONS
 from dicmh_ray.source.options import SourceOptions
-from dicmh_ray.source.store import identity, open_filesystem, retry
+from dicmh_ray.source.store import identity, open_filesystem, retry, uri_like
 
 MAX_BRACE_NAMES = 1_000_000
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -55,6 +55,7 @@ def expand_sources(sources: Sequence[str], options: SourceOptions) -> list[Found
     Raises:
         SourceNotFoundError: an argument, or one name its braces give, matches nothing.
         SourceFormatError: a file is of a kind that cannot be read.
+        SourceAddressError: no filesystem can be had for an argument.
     """
     found: dict[str, Found] = {}
     for source in sources:
@@ -276,27 +277,15 @@ def _found(
     root: str,
     sidecars: Sequence[str],
 ) -> Found:
-    uri = _full_uri(fs, name, path)
+    uri = uri_like(name, fs, path)
     return Found(
         uri=uri,
         kind=kind,
         etag=identity(info),
         num_bytes=int(info.get("size") or 0),
         root=uri.removesuffix(path.removeprefix(root)),
-        sidecars=tuple(_full_uri(fs, name, sidecar) for sidecar in sidecars),
+        sidecars=tuple(uri_like(name, fs, sidecar) for sidecar in sidecars),
     )
-
-
-def _full_uri(fs: Any, name: str, path: str) -> str:
-    """The URI that opens ``path`` in the way ``name`` was opened, chained protocols included."""
-    if "::" not in name:
-        return str(fs.unstrip_protocol(path))
-    head, _, rest = name.partition("::")
-    if "://" in head:
-        return f"{head.partition('://')[0]}://{path}::{rest}"
-    caches, _, target = name.rpartition("::")
-    protocol = target.partition("://")[0] if "://" in target else "file"
-    return f"{caches}::{protocol}://{path}"
 
 
 def _walk(path: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicmh_ray.bitstream import Header, State, parse_bitstream, write_bitstream
-from dicmh_ray.errors import SourceFormatError, SourceNotFoundError
+from dicmh_ray.errors import SourceAddressError, SourceFormatError, SourceNotFoundError
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
 from dicmh_ray.source.expand import expand_braces
 from dicmh_ray.source.image import MAX_KEY_BYTES, UniqueKeys, key_text, tags_from_metadata
@@ -249,10 +250,24 @@ def test_options_out_of_range_are_refused(options):
         SourceOptions(**options)
 
 
-def test_passwords_in_urls_are_refused_without_being_repeated():
-    with pytest.raises(ValueError, match="password") as caught:
-        plan_units(["ftp://user:hunter2@host/x.tar"])
+@pytest.mark.parametrize("scheme", ["", "simplecache::", "zip://x.tar::simplecache::"])
+def test_passwords_in_urls_are_refused_without_being_repeated(scheme):
+    with pytest.raises(SourceAddressError, match="password") as caught:
+        plan_units([f"{scheme}ftp://user:hunter2@host/x.tar"])
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("foo://x/1.tar", "foo"), ("needs-a-package://x", "pip install it")],
+)
+def test_addresses_that_no_filesystem_serves_are_named(source, reason):
+    fsspec.register_implementation(
+        "needs-a-package", "dicmh_ray.nowhere.Fs", clobber=True, errtxt="pip install it"
+    )
+    with pytest.raises(SourceAddressError, match=reason) as caught:
+        plan_units([source])
+    assert caught.value.source == source
 
 
 def test_a_file_that_vanishes_or_grows_is_a_row_with_an_error(tmp_path):
@@ -266,6 +281,35 @@ def test_a_file_that_vanishes_or_grows_is_a_row_with_an_error(tmp_path):
     assert [image.error and image.error.reason for image in images] == [
         None, "file is missing", "larger than max_image_bytes", "empty",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["", "{0}/", "file://{0}/", "simplecache::{0}/"])
+def test_two_colons_in_a_name_are_a_part_of_it(tmp_path, monkeypatch, form):
+    folder = tmp_path / "10::30"
+    put(folder, "x::y.tar", "z.tar")
+    data = {f"pic.jpg{end}": jpeg(seed) for seed, end in enumerate(("", "::2.jpg", "::zip.jpg"))}
+    for name, content in data.items():
+        (folder / name).write_bytes(content)
+    (folder / "pic.jpg::2.txt").write_text("caption")
+    monkeypatch.chdir(folder)
+    root = form.format(folder)
+    images = images_of([f"{root}*.jpg"])
+    assert {image.key: image.data for image in images} == data
+    assert images[1].metadata == {"txt": "caption"}
+    (image,) = images_of([f"{root}pic.jpg::2.jpg"])
+    assert (image.key, image.data) == ("pic.jpg::2.jpg", data["pic.jpg::2.jpg"])
+    assert keys_of(f"{root}*.tar") == ["x::y/a", "x::y/b", "z/a", "z/b"]
+    if form:
+        assert len(keys_of(root)) == 7
+
+
+def test_members_of_a_zip_are_read_as_they_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for seed, name in enumerate(("a.jpg", "a.jpg::b.jpg")):
+            archive.writestr(name, jpeg(seed))
+    for target in (f"file://{tmp_path}/x.zip", f"{tmp_path}/x.zip"):
+        images = images_of([f"zip://*.jpg::{target}"])
+        assert [image.data for image in images] == [jpeg(0), jpeg(1)]
 
 
 class TestMemoryFileSystem:
@@ -291,6 +335,12 @@ class TestMemoryFileSystem:
         assert keys_of("memory://box/*/*.tar") == ["t/1/a", "t/1/b", "t/2/a"]
         (image,) = images_of(["memory://box/i/x.jpg"])
         assert (image.data, image.metadata) == (JPEG, {"txt": "hello"})
+
+    def test_two_colons_are_a_part_of_a_name_here_too(self, store):
+        store.pipe_file("/box/t/1::2.tar", tar_bytes([("c.jpg", JPEG)]))
+        store.pipe_file("/box/i/x::y.jpg", JPEG)
+        assert keys_of("memory://box/t/*2.tar") == ["1::2/c", "2/a"]
+        assert keys_of("memory://box/i/*y.jpg") == ["x::y.jpg"]
 
     def test_two_readers_of_one_tar_do_not_disturb_each_other(self):
         options = SourceOptions(block_bytes=512)
