@@ -216,19 +216,18 @@ def _is_literal(fs: Any, path: str, name: str, options: SourceOptions) -> bool:
 
 
 def _resolve_glob(fs: Any, path: str, name: str, options: SourceOptions) -> list[Found]:
+    root = _parent(path[: _first_magic(path)])
     infos = retry(lambda: fs.glob(path, detail=True), what=name, options=options)
     files = {
         str(match): info
         for match, info in infos.items()
-        if info["type"] != "directory" and not _is_hidden(str(match).rpartition("/")[2])
+        if info["type"] != "directory" and not _is_hidden_below(root, str(match))
     }
-    fixed = path[: _first_magic(path)]
-    root = fixed.rpartition("/")[0]
     siblings: dict[str, Any] = {}
     for folder in sorted({_parent(file).rstrip("/") for file in files if kind_of(file) == "file"}):
         for info in retry(partial(fs.ls, folder, detail=True), what=name, options=options):
             siblings[str(info["name"])] = info
-    return _known_files(fs, name, root + "/", files, siblings | files)
+    return _known_files(fs, name, root, files, siblings | files)
 
 
 def _resolve_folder(fs: Any, path: str, name: str, options: SourceOptions) -> list[Found]:
@@ -238,9 +237,7 @@ def _resolve_folder(fs: Any, path: str, name: str, options: SourceOptions) -> li
         files = retry(lambda: fs.find(path, detail=True), what=name, options=options)
     root = path.rstrip("/") + "/"
     visible = {
-        str(file): info
-        for file, info in files.items()
-        if not any(_is_hidden(part) for part in str(file).removeprefix(root).split("/"))
+        str(file): info for file, info in files.items() if not _is_hidden_below(root, str(file))
     }
     return _known_files(fs, name, root, visible, visible)
 
@@ -295,6 +292,11 @@ def _walk(path: str) -> Iterator[str]:
             file = f"{folder.rstrip('/')}/{name}"
             if os.path.isfile(file):
                 yield file
+
+
+def _is_hidden_below(root: str, path: str) -> bool:
+    """Whether the file is hidden, or a folder on the way to it: ``root`` itself was asked for."""
+    return any(_is_hidden(part) for part in path.removeprefix(root).split("/"))
 
 
 def _is_hidden(name: str) -> bool:

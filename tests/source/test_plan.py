@@ -130,6 +130,13 @@ def test_globs_are_sorted_and_names_with_glob_characters_are_taken_as_they_are(t
     assert keys_of(f"{tmp_path}/x{{1,2}}.jpg") == ["x{1,2}.jpg"]
 
 
+def test_globs_pass_over_what_folders_do(tmp_path):
+    put(tmp_path, "a/y.jpg", ".thumbs/x.jpg", "a/.b/c/x.jpg", "__MACOSX/z.jpg", "a/.n.jpg")
+    for pattern in ("**/*.jpg", "*/*.jpg", "**"):
+        assert keys_of(f"{tmp_path}/{pattern}") == keys_of(tmp_path) == ["a/y.jpg"]
+    assert keys_of(f"{tmp_path}/.thumbs/*.jpg") == ["x.jpg"]
+
+
 def test_a_file_that_is_named_outright_needs_no_extension(tmp_path):
     put(tmp_path, "photo", "x.dat")
     assert keys_of(tmp_path / "photo", tmp_path / "x.dat") == ["photo", "x.dat"]
