@@ -8,7 +8,8 @@ plan gives each unit what makes them so, under ``key_prefix="auto"``:
 * image files: the path below the folder that all arguments share, extension included;
 * one tar or Parquet file alone: the keys it holds, unchanged;
 * several: ``<path of the file below that folder, without extension>/<key it holds>``; the
-  extension stays where two differ in nothing else, and where image files are read beside them.
+  extension stays where two differ in nothing else, where one would be a folder of another
+  (``train.tar`` and ``train/extra.tar``), and where image files are read beside them.
 
 With ``key_prefix="none"`` tars and Parquet files give the keys they hold. Duplicates inside one unit
 become ``key~2`` either way. What no unit can see is one key in two units of one Parquet file (or,
@@ -19,7 +20,7 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -250,13 +251,36 @@ def _container_prefixes(found: Sequence[Found], options: SourceOptions) -> dict[
     if options.key_prefix == "none" or (len(containers) == 1 and not has_files):
         return {item.uri: "" for item in containers}
     root = _shared_folder([item.root for item in found])
-    names = {item.uri: item.uri.removeprefix(root) for item in containers}
-    stems = {uri: _EXTENSION.sub("", name) for uri, name in names.items()}
-    counts = Counter(stems.values())
-    return {
-        uri: key_text(names[uri] if has_files or counts[stem] > 1 else stem) + "/"
-        for uri, stem in stems.items()
-    }
+    labels = names = {item.uri: item.uri.removeprefix(root) for item in containers}
+    if not has_files:
+        labels = _short_labels(names)
+    return {uri: key_text(label) + "/" for uri, label in labels.items()}
+
+
+def _short_labels(names: Mapping[str, str]) -> dict[str, str]:
+    """Names without extension, but for those under which two files could give one key."""
+    labels = {uri: _EXTENSION.sub("", name) for uri, name in names.items()}
+    while True:
+        clashing = _clashing(labels.values())
+        long = {
+            uri: names[uri]
+            for uri, label in labels.items()
+            if label in clashing and label != names[uri]
+        }
+        if not long:
+            return labels
+        labels |= long
+
+
+def _clashing(labels: Iterable[str]) -> set[str]:
+    """Labels that come twice, those that are a folder of another, and that other."""
+    counts = Counter(labels)
+    clashing = {label for label, count in counts.items() if count > 1}
+    for label in counts:
+        folders = {label[: slash.start()] for slash in re.finditer("/", label)} & counts.keys()
+        if folders:
+            clashing |= folders | {label}
+    return clashing
 
 
 def _shared_folder(folders: Sequence[str]) -> str:

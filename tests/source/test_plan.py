@@ -181,6 +181,22 @@ def test_keys_are_unique_whatever_is_read_together(tmp_path):
     assert found == ["1.tar/a", "1.tar/b", "1.parquet/a"]
 
 
+def test_a_tar_does_not_take_the_keys_of_one_in_a_folder_of_its_name(tmp_path):
+    put(tmp_path, "train/extra.tar", "train-2.tar", "val/a/0.tar", "val.tar.tar")
+    (tmp_path / "train.tar").write_bytes(tar_bytes([("extra/a.jpg", JPEG), ("b.jpg", JPEG)]))
+    assert keys_of(tmp_path) == [
+        "train-2/a", "train-2/b", "train.tar/extra/a", "train.tar/b",
+        "train/extra.tar/a", "train/extra.tar/b", "val.tar/a", "val.tar/b", "val/a/0/a", "val/a/0/b",
+    ]  # fmt: skip
+    put(tmp_path, "val.tar", "val.parquet")
+    found = keys_of(tmp_path)
+    assert len(found) == len(set(found)) == 13
+    assert [key for key in found if key.startswith("val")] == [
+        "val.parquet/a", "val.tar/a", "val.tar/b", "val.tar.tar/a", "val.tar.tar/b",
+        "val/a/0.tar/a", "val/a/0.tar/b",
+    ]  # fmt: skip
+
+
 def test_files_are_grouped_by_count_and_bytes(tmp_path):
     put(tmp_path, *(f"{i:02d}.jpg" for i in range(10)))
     for options, sizes in (
