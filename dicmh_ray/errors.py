@@ -5,6 +5,7 @@
     + SourceNotFoundError
     + SourceAddressError    no filesystem can be had for this address
     + SourceFormatError
+    + SourceColumnsError    a table's columns have no clear roles: name them in the options
     + SourceChangedError    the source is not the one that was planned: plan again
   x SourceImageError        this image cannot be coded: record it, go on
     + UnreadableImageError
@@ -86,6 +87,17 @@ class SourceAddressError(SourceError, ValueError):
 
 class SourceFormatError(SourceError):
     """A source object is not in the format its name or its first bytes promise."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
+
+
+class SourceColumnsError(SourceError):
+    """A sound table does not say which column holds what, or lacks one that the options name."""
 
     def __init__(self, source: str, reason: str) -> None:
         super().__init__(source, reason)

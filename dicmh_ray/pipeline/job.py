@@ -154,6 +154,7 @@ class Job:
 
         Raises:
             SourceChangedError: the source is not the one that was planned: no part of it is kept.
+            SourceColumnsError: a table's columns are not what the options say: it is no damage.
         """
         last_offset = 0
         try:
@@ -205,6 +206,8 @@ def plan_job(
 
     Raises:
         SourceNotFoundError: a source names nothing.
+        SourceAddressError: no filesystem can be had for a source.
+        SourceColumnsError: it is not clear which column of a Parquet file holds the images.
         PlanConflictError: the archive was begun with other sources, codec or policy.
         ArchiveNotFoundError: ``append``, and there is no archive.
         AppendError: ``append``, and the archive is unfinished or was written with another codec.
@@ -268,6 +271,7 @@ def plan_append(sources: Sequence[str], base: Snapshot, options: SourceOptions) 
 
     Raises:
         AppendError: the archive is unfinished.
+        SourceError: see :func:`plan_units`.
     """
     known = published_units(base)
     files = {
