@@ -53,6 +53,7 @@ from dicmh_ray.pipeline.stopping import GRACE_S, listening_for_stop
 from dicmh_ray.pipeline.summary import SUMMARY_FIELD, RowSummary, cause_of
 from dicmh_ray.pipeline.units_queue import UnitsQueue
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
+from dicmh_ray.source.image import printable_text
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class Job:
             yield SourceImage(
                 key=f"{unit.name}#damaged-at-{last_offset}",
                 data=b"",
-                source_uri=uri,
+                source_uri=printable_text(uri),
                 source_offset=last_offset,
                 error=SourceImageError(f"{DAMAGED_SOURCE}: {exc.reason}"),
             )
