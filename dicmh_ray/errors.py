@@ -3,7 +3,9 @@
 * DicmhError
   x SourceError             this collection cannot be read: fix the arguments or the source
     + SourceNotFoundError
+    + SourceAddressError    no filesystem can be had for this address
     + SourceFormatError
+    + SourceColumnsError    a table's columns have no clear roles: name them in the options
     + SourceChangedError    the source is not the one that was planned: plan again
   x SourceImageError        this image cannot be coded: record it, go on
     + UnreadableImageError
@@ -73,8 +75,30 @@ class SourceNotFoundError(SourceError):
         return f"no file matches {self.source!r}"
 
 
+class SourceAddressError(SourceError, ValueError):
+    """A source argument is an address that cannot be opened, whatever lies there."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
+
+
 class SourceFormatError(SourceError):
     """A source object is not in the format its name or its first bytes promise."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
+
+
+class SourceColumnsError(SourceError):
+    """A sound table does not say which column holds what, or lacks one that the options name."""
 
     def __init__(self, source: str, reason: str) -> None:
         super().__init__(source, reason)

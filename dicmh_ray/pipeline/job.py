@@ -53,6 +53,7 @@ from dicmh_ray.pipeline.stopping import GRACE_S, listening_for_stop
 from dicmh_ray.pipeline.summary import SUMMARY_FIELD, RowSummary, cause_of
 from dicmh_ray.pipeline.units_queue import UnitsQueue
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
+from dicmh_ray.source.image import printable_text
 
 _log = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Job:
 
         Raises:
             SourceChangedError: the source is not the one that was planned: no part of it is kept.
+            SourceColumnsError: a table's columns are not what the options say: it is no damage.
         """
         last_offset = 0
         try:
@@ -166,7 +168,7 @@ class Job:
             yield SourceImage(
                 key=f"{unit.name}#damaged-at-{last_offset}",
                 data=b"",
-                source_uri=uri,
+                source_uri=printable_text(uri),
                 source_offset=last_offset,
                 error=SourceImageError(f"{DAMAGED_SOURCE}: {exc.reason}"),
             )
@@ -205,6 +207,8 @@ def plan_job(
 
     Raises:
         SourceNotFoundError: a source names nothing.
+        SourceAddressError: no filesystem can be had for a source.
+        SourceColumnsError: it is not clear which column of a Parquet file holds the images.
         PlanConflictError: the archive was begun with other sources, codec or policy.
         ArchiveNotFoundError: ``append``, and there is no archive.
         AppendError: ``append``, and the archive is unfinished or was written with another codec.
@@ -268,6 +272,7 @@ def plan_append(sources: Sequence[str], base: Snapshot, options: SourceOptions) 
 
     Raises:
         AppendError: the archive is unfinished.
+        SourceError: see :func:`plan_units`.
     """
     known = published_units(base)
     files = {

@@ -23,7 +23,7 @@ from dicmh_ray.errors import SourceFormatError, SourceNotFoundError
 from dicmh_ray.source.files import SIDECAR_EXTENSIONS, stem_of
 from dicmh_ray.source.magic import IMAGE_EXTENSIONS
 from dicmh_ray.source.options import SourceOptions
-from dicmh_ray.source.store import identity, open_filesystem, retry
+from dicmh_ray.source.store import identity, open_filesystem, retry, uri_like
 
 MAX_BRACE_NAMES = 1_000_000
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -55,6 +55,7 @@ def expand_sources(sources: Sequence[str], options: SourceOptions) -> list[Found
     Raises:
         SourceNotFoundError: an argument, or one name its braces give, matches nothing.
         SourceFormatError: a file is of a kind that cannot be read.
+        SourceAddressError: no filesystem can be had for an argument.
     """
     found: dict[str, Found] = {}
     for source in sources:
@@ -215,19 +216,18 @@ def _is_literal(fs: Any, path: str, name: str, options: SourceOptions) -> bool:
 
 
 def _resolve_glob(fs: Any, path: str, name: str, options: SourceOptions) -> list[Found]:
+    root = _parent(path[: _first_magic(path)])
     infos = retry(lambda: fs.glob(path, detail=True), what=name, options=options)
     files = {
         str(match): info
         for match, info in infos.items()
-        if info["type"] != "directory" and not _is_hidden(str(match).rpartition("/")[2])
+        if info["type"] != "directory" and not _is_hidden_below(root, str(match))
     }
-    fixed = path[: _first_magic(path)]
-    root = fixed.rpartition("/")[0]
     siblings: dict[str, Any] = {}
     for folder in sorted({_parent(file).rstrip("/") for file in files if kind_of(file) == "file"}):
         for info in retry(partial(fs.ls, folder, detail=True), what=name, options=options):
             siblings[str(info["name"])] = info
-    return _known_files(fs, name, root + "/", files, siblings | files)
+    return _known_files(fs, name, root, files, siblings | files)
 
 
 def _resolve_folder(fs: Any, path: str, name: str, options: SourceOptions) -> list[Found]:
@@ -237,9 +237,7 @@ def _resolve_folder(fs: Any, path: str, name: str, options: SourceOptions) -> li
         files = retry(lambda: fs.find(path, detail=True), what=name, options=options)
     root = path.rstrip("/") + "/"
     visible = {
-        str(file): info
-        for file, info in files.items()
-        if not any(_is_hidden(part) for part in str(file).removeprefix(root).split("/"))
+        str(file): info for file, info in files.items() if not _is_hidden_below(root, str(file))
     }
     return _known_files(fs, name, root, visible, visible)
 
@@ -276,27 +274,15 @@ def _found(
     root: str,
     sidecars: Sequence[str],
 ) -> Found:
-    uri = _full_uri(fs, name, path)
+    uri = uri_like(name, fs, path)
     return Found(
         uri=uri,
         kind=kind,
         etag=identity(info),
         num_bytes=int(info.get("size") or 0),
         root=uri.removesuffix(path.removeprefix(root)),
-        sidecars=tuple(_full_uri(fs, name, sidecar) for sidecar in sidecars),
+        sidecars=tuple(uri_like(name, fs, sidecar) for sidecar in sidecars),
     )
-
-
-def _full_uri(fs: Any, name: str, path: str) -> str:
-    """The URI that opens ``path`` in the way ``name`` was opened, chained protocols included."""
-    if "::" not in name:
-        return str(fs.unstrip_protocol(path))
-    head, _, rest = name.partition("::")
-    if "://" in head:
-        return f"{head.partition('://')[0]}://{path}::{rest}"
-    caches, _, target = name.rpartition("::")
-    protocol = target.partition("://")[0] if "://" in target else "file"
-    return f"{caches}::{protocol}://{path}"
 
 
 def _walk(path: str) -> Iterator[str]:
@@ -306,6 +292,11 @@ def _walk(path: str) -> Iterator[str]:
             file = f"{folder.rstrip('/')}/{name}"
             if os.path.isfile(file):
                 yield file
+
+
+def _is_hidden_below(root: str, path: str) -> bool:
+    """Whether the file is hidden, or a folder on the way to it: ``root`` itself was asked for."""
+    return any(_is_hidden(part) for part in path.removeprefix(root).split("/"))
 
 
 def _is_hidden(name: str) -> bool:

@@ -9,7 +9,13 @@ from itertools import islice
 from typing import Any
 
 from dicmh_ray.errors import SourceImageError, UnreadableImageError
-from dicmh_ray.source.image import SourceImage, UniqueKeys, key_text, tags_from_metadata
+from dicmh_ray.source.image import (
+    SourceImage,
+    UniqueKeys,
+    key_text,
+    printable_text,
+    tags_from_metadata,
+)
 from dicmh_ray.source.metadata import sidecar_metadata
 from dicmh_ray.source.options import SourceOptions
 from dicmh_ray.source.store import RetryingFile, open_filesystem
@@ -54,7 +60,7 @@ def read_files(
         return SourceImage(
             key=key_prefix + key_text(uri.removeprefix(root)),
             data=data,
-            source_uri=uri,
+            source_uri=printable_text(uri),
             metadata=metadata,
             tags=tags_from_metadata(
                 metadata,

@@ -34,7 +34,7 @@ class SourceImage:
     """The source's bytes, untouched; ``b""`` where ``error`` is set."""
 
     source_uri: str
-    """The tar, Parquet file or image file."""
+    """The tar, Parquet file or image file, as :func:`printable_text` shows it."""
 
     source_offset: int | None = None
     """First byte of the image in the (unpacked) tar; row number in Parquet; None for a file."""

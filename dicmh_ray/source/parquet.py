@@ -1,4 +1,9 @@
-"""Parquet -> source images: which columns are what, and rows in batches of bounded size."""
+"""Parquet -> source images: which columns are what, and rows in batches of bounded size.
+
+An image's metadata are all other columns, and what its struct holds besides the bytes, as
+``<column>.<field>``. A key column is among them unless its name says that it is nothing else
+(``key``, ``__key__``).
+"""
 
 import json
 from collections.abc import Iterator
@@ -8,8 +13,19 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dicmh_ray.errors import SourceFormatError, SourceImageError, UnreadableImageError
-from dicmh_ray.source.image import SourceImage, UniqueKeys, key_text, tags_from_metadata
+from dicmh_ray.errors import (
+    SourceColumnsError,
+    SourceFormatError,
+    SourceImageError,
+    UnreadableImageError,
+)
+from dicmh_ray.source.image import (
+    SourceImage,
+    UniqueKeys,
+    key_text,
+    printable_text,
+    tags_from_metadata,
+)
 from dicmh_ray.source.metadata import json_value
 from dicmh_ray.source.options import SourceOptions
 from dicmh_ray.source.store import RetryingFile
@@ -28,6 +44,7 @@ _IMAGE_COLUMNS = [
     "data",
 ]
 _KEY_COLUMNS = ["key", "__key__", "id", "image_id", "path", "filename", "file_name"]
+_MERE_KEY_COLUMNS = ("key", "__key__")
 _BATCH_BYTES = 16 * 2**20
 _MAX_BATCH_ROWS = 1024
 _COLUMN_BUFFER_BYTES = 2**20
@@ -45,19 +62,22 @@ class RowGroups(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """Roles of a file's columns. The image column may be binary or ``struct<bytes, path>``."""
+    """Roles of a file's columns. The image column may be binary or ``struct<bytes, path, ...>``."""
 
     image: str
     is_struct: bool
     key: str | None
     metadata: tuple[str, ...]
+    fields: tuple[tuple[str, str], ...]
+    """Of the struct, all but the bytes, each with its name in the metadata."""
 
 
 def plan_row_groups(uri: str, options: SourceOptions) -> list[RowGroups]:
     """Split a file at row groups into ranges of about ``unit_bytes``.
 
     Raises:
-        SourceFormatError: not a Parquet file, or without an image column.
+        SourceFormatError: not a Parquet file.
+        SourceColumnsError: no column or several may hold the images, or the options name others.
     """
     with closing(RetryingFile(uri, options)) as file, _format_errors(file):
         parquet = _open(file)
@@ -92,6 +112,7 @@ def read_parquet(
 
     Raises:
         SourceFormatError: the file is damaged; rows before the damage have been yielded.
+        SourceColumnsError: see :func:`plan_row_groups`; nothing has been yielded.
         OSError: the store kept failing.
     """
     with closing(RetryingFile(uri, options, etag=etag)) as file, _format_errors(file):
@@ -163,20 +184,22 @@ def _batch_images(
     described = [(name, batch.column(name)) for name in columns.metadata]
     stem = uri.rpartition("/")[2].rpartition(".")[0] or "row"
     for i in range(batch.num_rows):
-        value = image_column[i].as_py()
+        scalars = [(name, column[i]) for name, column in described]
+        image = _storage_scalar(image_column[i])
         path = None
-        if columns.is_struct and value is not None:
-            path = value.get("path")
-            value = value.get("bytes")
+        if columns.is_struct and image.is_valid:
+            fields = {name: image[name] for name, _ in columns.fields}
+            scalars += [(to, fields[name]) for name, to in columns.fields if fields[name].is_valid]
+            path = fields["path"].as_py() if "path" in fields else None
+            image = image["bytes"]
+        value = image.as_py()
         name = key_column[i].as_py() if key_column is not None else path
-        metadata = _row_metadata(described, i, options)
-        if isinstance(path, str):
-            metadata.setdefault(f"{columns.image}.path", json_value(path))
+        metadata = _row_metadata(scalars, options)
         data, error = _checked(value, options)
         yield SourceImage(
             key=keys.claim(key_prefix + key_text(_key_name(name, stem, first_row + i))),
             data=data,
-            source_uri=uri,
+            source_uri=printable_text(uri),
             source_offset=first_row + i,
             metadata=metadata,
             tags=tags_from_metadata(
@@ -205,14 +228,12 @@ def _key_name(value: object, stem: str, row: int) -> str | bytes:
     return f"{stem}-{row:08d}"
 
 
-def _row_metadata(
-    columns: list[tuple[str, Any]], row: int, options: SourceOptions
-) -> dict[str, Any]:
+def _row_metadata(scalars: list[tuple[str, Any]], options: SourceOptions) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     dropped: dict[str, int] = {}
     kept_bytes = 0
-    for name, column in columns:
-        value, num_bytes = _column_value(column[row])
+    for name, scalar in scalars:
+        value, num_bytes = _column_value(scalar)
         if kept_bytes + num_bytes > options.max_metadata_bytes:
             dropped[name] = num_bytes
         else:
@@ -265,6 +286,12 @@ def _storage_type(kind: Any) -> Any:
             return kind
 
 
+def _storage_scalar(scalar: Any) -> Any:
+    while isinstance(scalar, pa.ExtensionScalar | pa.DictionaryScalar) and scalar.is_valid:
+        scalar = scalar.value
+    return scalar
+
+
 def _holds_images(kind: Any) -> bool:
     kind = _storage_type(kind)
     if pa.types.is_struct(kind):
@@ -277,8 +304,10 @@ def _find_columns(uri: str, schema: Any, options: SourceOptions) -> _Columns:
     """Give every column its role; unnamed roles go by name first, then by type."""
     names = list(schema.names)
     if len(set(names)) < len(names):
-        raise SourceFormatError(uri, "has two columns of one name")
+        raise SourceColumnsError(uri, "has two columns of one name")
     candidates = [name for name in names if _holds_images(schema.field(name).type)]
+    if not candidates:
+        raise SourceColumnsError(uri, f"no column can hold images, leave it out: {names}")
     image = options.image_column
     if image is None:
         by_name = sorted(
@@ -286,24 +315,40 @@ def _find_columns(uri: str, schema: Any, options: SourceOptions) -> _Columns:
             key=lambda name: _IMAGE_COLUMNS.index(name.lower()),
         )
         if not by_name and len(candidates) != 1:
-            raise SourceFormatError(
+            raise SourceColumnsError(
                 uri, f"which column holds the images? Name one with image_column: {names}"
             )
         image = (by_name or candidates)[0]
     elif image not in candidates:
-        raise SourceFormatError(uri, f"has no binary column {image!r}, only {candidates}")
+        raise SourceColumnsError(uri, f"has no binary column {image!r}, only {candidates}")
     key = options.key_column
     if key is None:
         by_name = [name for wanted in _KEY_COLUMNS for name in names if name == wanted != image]
         key = next((name for name in by_name if _is_key(schema.field(name).type)), None)
     elif key not in names or not _is_key(schema.field(key).type):
-        raise SourceFormatError(uri, f"has no text or integer column {key!r}: {names}")
+        raise SourceColumnsError(uri, f"has no text or integer column {key!r}: {names}")
+    fields = _struct_fields(schema.field(image).type)
+    if len(set(fields)) < len(fields):
+        raise SourceColumnsError(uri, f"has two fields of one name in {image!r}")
+    metadata = [
+        name for name in names if name != image and not (name == key and name in _MERE_KEY_COLUMNS)
+    ]
+    labels = UniqueKeys()
+    labels.claim_all(metadata)
     return _Columns(
         image=image,
-        is_struct=pa.types.is_struct(_storage_type(schema.field(image).type)),
+        is_struct=bool(fields),
         key=key,
-        metadata=tuple(name for name in names if name not in (image, "key", "__key__")),
+        metadata=tuple(metadata),
+        fields=tuple((name, labels.claim(f"{image}.{name}")) for name in fields if name != "bytes"),
     )
+
+
+def _struct_fields(kind: Any) -> list[str]:
+    kind = _storage_type(kind)
+    if not pa.types.is_struct(kind):
+        return []
+    return [kind.field(i).name for i in range(kind.num_fields)]
 
 
 def _is_key(kind: Any) -> bool:

@@ -8,7 +8,8 @@ plan gives each unit what makes them so, under ``key_prefix="auto"``:
 * image files: the path below the folder that all arguments share, extension included;
 * one tar or Parquet file alone: the keys it holds, unchanged;
 * several: ``<path of the file below that folder, without extension>/<key it holds>``; the
-  extension stays where two differ in nothing else, and where image files are read beside them.
+  extension stays where two differ in nothing else, where one would be a folder of another
+  (``train.tar`` and ``train/extra.tar``), and where image files are read beside them.
 
 With ``key_prefix="none"`` tars and Parquet files give the keys they hold. Duplicates inside one unit
 become ``key~2`` either way. What no unit can see is one key in two units of one Parquet file (or,
@@ -19,16 +20,17 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from dicmh_ray.errors import SourceFormatError
 from dicmh_ray.source.expand import Found, expand_sources
 from dicmh_ray.source.files import read_files
 from dicmh_ray.source.image import SourceImage, key_text
 from dicmh_ray.source.options import SourceOptions
-from dicmh_ray.source.parquet import plan_row_groups, read_parquet
+from dicmh_ray.source.parquet import RowGroups, plan_row_groups, read_parquet
 from dicmh_ray.source.webdataset import read_tar
 
 _EXTENSION = re.compile(r"(\.tar\.gz|\.tgz|\.tar|\.parquet|\.pq)$", re.IGNORECASE)
@@ -129,7 +131,8 @@ def plan_units(
     Raises:
         SourceNotFoundError: an argument matches nothing.
         SourceFormatError: a file is of a kind that cannot be read.
-        ValueError: a URL carries a password.
+        SourceColumnsError: it is not clear which column of a Parquet file holds the images.
+        SourceAddressError: a URL carries a password, or no filesystem can be had for it.
     """
     options = options or SourceOptions()
     found = expand_sources(sources, options)
@@ -139,12 +142,12 @@ def plan_units(
     root = _shared_folder([item.root for item in found])
     units: list[Unit] = []
     files = [item for item in found if item.kind == "file" and item.uri not in known_files]
-    row_groups = _row_groups([item.uri for item in found if item.kind == "parquet"], found, options)
+    row_groups = _row_groups([item for item in found if item.kind == "parquet"], options)
     for item in found:
         if item.kind == "tar":
             units.append(_whole(item, "tar", prefixes[item.uri]))
         elif item.kind == "parquet":
-            units += _parquet_units(item, row_groups.get(item.uri), prefixes[item.uri])
+            units += _parquet_units(item, row_groups[item.uri], prefixes[item.uri])
         elif files and item is files[0]:
             units += _file_units(files, root, options)
     return [dataclasses.replace(unit, name=f"{i:06d}") for i, unit in enumerate(units)]
@@ -159,6 +162,7 @@ def read_unit(unit: Unit, *, options: SourceOptions | None = None) -> Iterator[S
         SourceChangedError: the file is no longer the planned one.
         SourceFormatError: the file is damaged from some byte on; the images before the damage have
             been yielded.
+        SourceColumnsError: the columns of a Parquet file are not what the options say.
         OSError: the store kept failing, or a planned tar or Parquet file is gone.
     """
     options = options or SourceOptions()
@@ -195,17 +199,29 @@ def _whole(item: Found, kind: Literal["tar", "parquet"], key_prefix: str) -> Uni
 
 
 def _row_groups(
-    uris: Sequence[str], found: Sequence[Found], options: SourceOptions
-) -> dict[str, list[Any]]:
-    """Ranges of the files that are larger than a unit: only their footers are worth a visit."""
-    sizes = {item.uri: item.num_bytes for item in found}
-    large = [uri for uri in uris if not 0 < sizes[uri] <= options.unit_bytes]
+    tables: Sequence[Found], options: SourceOptions
+) -> dict[str, list[RowGroups] | None]:
+    """Ranges of the Parquet files; None for one that is no larger than a unit.
+
+    Every footer is looked at, so that a job whose columns are not clear ends before it begins.
+    """
+
+    def ranges(item: Found) -> list[RowGroups] | None:
+        is_small = 0 < item.num_bytes <= options.unit_bytes
+        try:
+            found = plan_row_groups(item.uri, options)
+        except (SourceFormatError, OSError):
+            if not is_small:
+                raise
+            return None  # reading the unit will tell, and the other units are none the worse
+        return None if is_small else found
+
     with ThreadPoolExecutor(_NUM_PARALLEL_FOOTERS, thread_name_prefix="dicmh-plan") as pool:
-        ranges = pool.map(lambda uri: plan_row_groups(uri, options), large)
-        return dict(zip(large, ranges, strict=True))
+        uris = [item.uri for item in tables]
+        return dict(zip(uris, pool.map(ranges, tables), strict=True))
 
 
-def _parquet_units(item: Found, ranges: list[Any] | None, key_prefix: str) -> list[Unit]:
+def _parquet_units(item: Found, ranges: list[RowGroups] | None, key_prefix: str) -> list[Unit]:
     whole = _whole(item, "parquet", key_prefix)
     if ranges is None:
         return [whole]
@@ -250,13 +266,36 @@ def _container_prefixes(found: Sequence[Found], options: SourceOptions) -> dict[
     if options.key_prefix == "none" or (len(containers) == 1 and not has_files):
         return {item.uri: "" for item in containers}
     root = _shared_folder([item.root for item in found])
-    names = {item.uri: item.uri.removeprefix(root) for item in containers}
-    stems = {uri: _EXTENSION.sub("", name) for uri, name in names.items()}
-    counts = Counter(stems.values())
-    return {
-        uri: key_text(names[uri] if has_files or counts[stem] > 1 else stem) + "/"
-        for uri, stem in stems.items()
-    }
+    labels = names = {item.uri: item.uri.removeprefix(root) for item in containers}
+    if not has_files:
+        labels = _short_labels(names)
+    return {uri: key_text(label) + "/" for uri, label in labels.items()}
+
+
+def _short_labels(names: Mapping[str, str]) -> dict[str, str]:
+    """Names without extension, but for those under which two files could give one key."""
+    labels = {uri: _EXTENSION.sub("", name) for uri, name in names.items()}
+    while True:
+        clashing = _clashing(labels.values())
+        long = {
+            uri: names[uri]
+            for uri, label in labels.items()
+            if label in clashing and label != names[uri]
+        }
+        if not long:
+            return labels
+        labels |= long
+
+
+def _clashing(labels: Iterable[str]) -> set[str]:
+    """Labels that come twice, those that are a folder of another, and that other."""
+    counts = Counter(labels)
+    clashing = {label for label, count in counts.items() if count > 1}
+    for label in counts:
+        folders = {label[: slash.start()] for slash in re.finditer("/", label)} & counts.keys()
+        if folders:
+            clashing |= folders | {label}
+    return clashing
 
 
 def _shared_folder(folders: Sequence[str]) -> str:

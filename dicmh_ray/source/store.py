@@ -6,17 +6,19 @@ up after ``num_retries`` failures in a row. It also notices an object that is re
 """
 
 import datetime
+import inspect
 import io
 import logging
 import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
+from fsspec.implementations.chained import ChainedFileSystem
 
-from dicmh_ray.errors import SourceChangedError
+from dicmh_ray.errors import SourceAddressError, SourceChangedError
 from dicmh_ray.source.options import SourceOptions
 
 logger = logging.getLogger(__name__)
@@ -32,21 +34,57 @@ _IDENTITY_FIELDS = (
     "ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "updated", "mtime",
     "modified", "created",
 )  # fmt: skip
-_PASSWORD = re.compile(r"[a-z][a-z0-9+.\-]*://[^/@]*:[^/@]*@", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
+_PASSWORD = re.compile(_SCHEME.pattern + r"[^/@]*:[^/@]*@", re.IGNORECASE)
 
 T = TypeVar("T")
+
+
+class _Address(NamedTuple):
+    """A URI by its layers: ``simplecache::`` ``s3://b/x.jpg``, or ``zip://x.jpg`` ``::s3://b/y``."""
+
+    before: str
+    """The layers that have no path of their own, with their ``::``."""
+
+    own: str
+    """What names the object."""
+
+    behind: str
+    """The layers below one that has, from their ``::``."""
 
 
 def open_filesystem(uri: str, options: SourceOptions) -> tuple[Any, str]:
     """The fsspec filesystem of ``uri`` and the path inside it.
 
+    Layers are chained with ``::`` as in fsspec, outermost first. Anywhere else two colons are part
+    of a name, as in ``s3://b/10::30.jpg``.
+
     Raises:
-        ValueError: the URL carries a password, or no filesystem serves its protocol.
+        SourceAddressError: the URL carries a password, or no filesystem can be had for it.
     """
-    if _PASSWORD.match(uri):
-        raise ValueError("a source URL carries a password: pass it in storage_options instead")
-    fs, path = fsspec.core.url_to_fs(uri, **options.storage_options)
-    return fs, str(path)
+    before, own, behind = _address(uri)
+    if _PASSWORD.match(own) or _PASSWORD.search(behind):
+        raise SourceAddressError(
+            "a source URL", "carries a password, wanted that in storage_options"
+        )
+    link = own.partition("::")[0]
+    try:
+        fs, path = fsspec.core.url_to_fs(before + link + behind, **options.storage_options)
+        # fsspec takes every "::" for a link of a chain: what is none is shown to the store only.
+        return fs, str(path if link == own else fs._strip_protocol(own))
+    except (ImportError, TypeError, ValueError) as exc:
+        raise SourceAddressError(
+            uri, f"wanted a path, or a URL that fsspec can open: {exc}"
+        ) from exc
+
+
+def uri_like(uri: str, fs: Any, path: str) -> str:
+    """The URI that opens ``path`` of the filesystem ``fs`` through the layers of ``uri``."""
+    before, own, behind = _address(uri)
+    if not before and not behind:
+        return str(fs.unstrip_protocol(path))
+    protocol = own.partition("://")[0] if "://" in own else "file"
+    return f"{before}{protocol}://{path}{behind}"
 
 
 def identity(info: Mapping[str, Any]) -> str:
@@ -96,7 +134,6 @@ class RetryingFile(io.RawIOBase):
         uri: of the object.
         options: how to reach it and how often to try.
         etag: what :func:`identity` said when the plan was made; None trusts what is found now.
-        cache_type: fsspec's: ``readahead`` for one pass, ``none`` for scattered reads.
 
     Raises:
         FileNotFoundError: the object is gone.
@@ -228,3 +265,37 @@ class RetryingFile(io.RawIOBase):
                 file.close()
             except OSError:
                 logger.debug("%s: closing a broken file failed", self.uri, exc_info=True)
+
+
+def _address(uri: str) -> _Address:
+    """Take a URI apart. Two colons end a layer only behind the protocol of a layer."""
+    before, own = "", uri
+    while "::" in own:
+        head, _, rest = own.partition("::")
+        protocol, slashes, _ = head.partition("://")
+        if not _is_layer(protocol):
+            break
+        if slashes:
+            at = _end_of_layer(own)
+            return _Address(before, own[:at], own[at:])
+        before, own = f"{before}{head}::", rest
+    return _Address(before, own, "")
+
+
+def _end_of_layer(url: str) -> int:
+    """Where ``::`` ends the outermost layer: before a URL, else the last one before a local path."""
+    for match in re.finditer("::", url):
+        rest = url[match.end() :]
+        if _SCHEME.match(rest) or _is_layer(rest.partition("::")[0]):
+            return match.start()
+    return url.rindex("::")
+
+
+def _is_layer(protocol: str) -> bool:
+    """Whether its filesystem shows what another one holds, as caches and archives do."""
+    try:
+        kind: Any = fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError):
+        return False
+    is_chained = issubclass(kind, ChainedFileSystem)
+    return is_chained or "fo" in inspect.signature(kind.__init__).parameters

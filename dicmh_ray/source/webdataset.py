@@ -20,7 +20,13 @@ from contextlib import closing
 from typing import NamedTuple
 
 from dicmh_ray.errors import SourceFormatError, SourceImageError, UnreadableImageError
-from dicmh_ray.source.image import SourceImage, UniqueKeys, key_text, tags_from_metadata
+from dicmh_ray.source.image import (
+    SourceImage,
+    UniqueKeys,
+    key_text,
+    printable_text,
+    tags_from_metadata,
+)
 from dicmh_ray.source.magic import IMAGE_EXTENSIONS, sniff_format
 from dicmh_ray.source.metadata import sidecar_metadata
 from dicmh_ray.source.options import SourceOptions
@@ -163,7 +169,7 @@ def _sample_images(
         yield SourceImage(
             key=keys.claim(key_prefix + key_text(sample_key)),
             data=b"",
-            source_uri=uri,
+            source_uri=printable_text(uri),
             source_offset=sample[0].member.data_offset,
             metadata=metadata,
             tags=tags,
@@ -181,7 +187,7 @@ def _sample_images(
         yield SourceImage(
             key=keys.claim(key_prefix + key_text(name)),
             data=member.data or b"",
-            source_uri=uri,
+            source_uri=printable_text(uri),
             source_offset=member.data_offset,
             metadata=metadata if is_described else {},
             tags=tags if is_described else (),

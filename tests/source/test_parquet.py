@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dicmh_ray.errors import SourceChangedError, SourceFormatError
+from dicmh_ray.errors import SourceChangedError, SourceColumnsError, SourceFormatError
 from dicmh_ray.source import SourceImage, SourceOptions, plan_units, read_unit
 from tests.source.faults import FaultyFileSystem
 from tests.source.pictures import jpeg
@@ -68,16 +68,60 @@ def test_columns_can_be_named_and_wrong_names_are_refused(tmp_path):
     assert [(image.key, image.data) for image in images] == [("7", JPEGS[0]), ("8", JPEGS[1])]
     assert images[0].metadata == {"image": "bm8=", "n": 7, "f": 0.5}
     for options in ({"image_column": "f"}, {"image_column": "zz"}, {"key_column": "f"}):
-        with pytest.raises(SourceFormatError, match="column"):
+        with pytest.raises(SourceColumnsError, match="column"):
             read(path, **options)
+
+
+def test_nothing_but_the_image_and_a_mere_key_is_left_out_of_the_metadata(tmp_path):
+    path = tmp_path / "a.parquet"
+    write(
+        path,
+        {
+            "image": [{"bytes": JPEGS[0], "path": "p.jpg", "caption": "c", "when": None}],
+            "image.path": ["a column's"],
+            "key": [3.5],
+            "id": ["row"],
+            "__key__": ["sample"],
+        },
+    )
+    fields = {"image.path": "a column's", "image.path~2": "p.jpg", "image.caption": "c"}
+    (image,) = read(path)
+    assert (image.key, image.metadata) == ("sample", fields | {"key": 3.5, "id": "row"})
+    (image,) = read(path, key_column="id")
+    wanted = fields | {"key": 3.5, "id": "row", "__key__": "sample"}
+    assert (image.key, image.metadata) == ("row", wanted)
+    (image,) = read(path, max_metadata_bytes=20, key_column="id")
+    assert "image.path~2" in image.metadata["__dropped__"]
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_columns_that_are_not_clear_end_the_planning(tmp_path, is_small):
+    write(tmp_path / "a.parquet", {"image": JPEGS[:1]})
+    write(tmp_path / "b.parquet", {"left": JPEGS[:1], "right": JPEGS[:1]})
+    options = SourceOptions() if is_small else SourceOptions(unit_bytes=1)
+    with pytest.raises(SourceColumnsError, match=r"b\.parquet.*'left', 'right'"):
+        plan_units([str(tmp_path)], options=options)
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string()), ("path", pa.string())])
+    write(tmp_path / "b.parquet", {"image": pa.nulls(1, kind)})
+    with pytest.raises(SourceColumnsError, match="two fields of one name"):
+        plan_units([str(tmp_path)], options=options)
+
+
+def test_a_small_damaged_file_does_not_end_the_planning_of_the_others(tmp_path):
+    write(tmp_path / "a.parquet", {"image": JPEGS[:1]})
+    (tmp_path / "b.parquet").write_bytes(b"no table")
+    whole, damaged = plan_units([str(tmp_path)])
+    assert (whole.start, whole.stop) == (None, None)
+    with pytest.raises(SourceFormatError, match="Parquet"):
+        list(read_unit(damaged))
 
 
 def test_two_unnamed_binary_columns_are_not_guessed_between(tmp_path):
     write(tmp_path / "a.parquet", {"a": JPEGS[:1], "b": JPEGS[:1]})
-    with pytest.raises(SourceFormatError, match="image_column"):
+    with pytest.raises(SourceColumnsError, match="image_column"):
         read(tmp_path / "a.parquet")
     write(tmp_path / "a.parquet", {"a": ["text"]})
-    with pytest.raises(SourceFormatError, match="image_column"):
+    with pytest.raises(SourceColumnsError, match="leave it out"):
         read(tmp_path / "a.parquet")
 
 

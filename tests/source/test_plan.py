@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicmh_ray.bitstream import Header, State, parse_bitstream, write_bitstream
-from dicmh_ray.errors import SourceFormatError, SourceNotFoundError
+from dicmh_ray.errors import SourceAddressError, SourceFormatError, SourceNotFoundError
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
 from dicmh_ray.source.expand import expand_braces
 from dicmh_ray.source.image import MAX_KEY_BYTES, UniqueKeys, key_text, tags_from_metadata
@@ -129,6 +130,13 @@ def test_globs_are_sorted_and_names_with_glob_characters_are_taken_as_they_are(t
     assert keys_of(f"{tmp_path}/x{{1,2}}.jpg") == ["x{1,2}.jpg"]
 
 
+def test_globs_pass_over_what_folders_do(tmp_path):
+    put(tmp_path, "a/y.jpg", ".thumbs/x.jpg", "a/.b/c/x.jpg", "__MACOSX/z.jpg", "a/.n.jpg")
+    for pattern in ("**/*.jpg", "*/*.jpg", "**"):
+        assert keys_of(f"{tmp_path}/{pattern}") == keys_of(tmp_path) == ["a/y.jpg"]
+    assert keys_of(f"{tmp_path}/.thumbs/*.jpg") == ["x.jpg"]
+
+
 def test_a_file_that_is_named_outright_needs_no_extension(tmp_path):
     put(tmp_path, "photo", "x.dat")
     assert keys_of(tmp_path / "photo", tmp_path / "x.dat") == ["photo", "x.dat"]
@@ -171,6 +179,22 @@ def test_keys_are_unique_whatever_is_read_together(tmp_path):
     assert len(found) == len(set(found)) == 9
     found = keys_of(f"{tmp_path}/x/1.{{tar,parquet}}")
     assert found == ["1.tar/a", "1.tar/b", "1.parquet/a"]
+
+
+def test_a_tar_does_not_take_the_keys_of_one_in_a_folder_of_its_name(tmp_path):
+    put(tmp_path, "train/extra.tar", "train-2.tar", "val/a/0.tar", "val.tar.tar")
+    (tmp_path / "train.tar").write_bytes(tar_bytes([("extra/a.jpg", JPEG), ("b.jpg", JPEG)]))
+    assert keys_of(tmp_path) == [
+        "train-2/a", "train-2/b", "train.tar/extra/a", "train.tar/b",
+        "train/extra.tar/a", "train/extra.tar/b", "val.tar/a", "val.tar/b", "val/a/0/a", "val/a/0/b",
+    ]  # fmt: skip
+    put(tmp_path, "val.tar", "val.parquet")
+    found = keys_of(tmp_path)
+    assert len(found) == len(set(found)) == 13
+    assert [key for key in found if key.startswith("val")] == [
+        "val.parquet/a", "val.tar/a", "val.tar/b", "val.tar.tar/a", "val.tar.tar/b",
+        "val/a/0.tar/a", "val/a/0.tar/b",
+    ]  # fmt: skip
 
 
 def test_files_are_grouped_by_count_and_bytes(tmp_path):
@@ -249,10 +273,24 @@ def test_options_out_of_range_are_refused(options):
         SourceOptions(**options)
 
 
-def test_passwords_in_urls_are_refused_without_being_repeated():
-    with pytest.raises(ValueError, match="password") as caught:
-        plan_units(["ftp://user:hunter2@host/x.tar"])
+@pytest.mark.parametrize("scheme", ["", "simplecache::", "zip://x.tar::simplecache::"])
+def test_passwords_in_urls_are_refused_without_being_repeated(scheme):
+    with pytest.raises(SourceAddressError, match="password") as caught:
+        plan_units([f"{scheme}ftp://user:hunter2@host/x.tar"])
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("foo://x/1.tar", "foo"), ("needs-a-package://x", "pip install it")],
+)
+def test_addresses_that_no_filesystem_serves_are_named(source, reason):
+    fsspec.register_implementation(
+        "needs-a-package", "dicmh_ray.nowhere.Fs", clobber=True, errtxt="pip install it"
+    )
+    with pytest.raises(SourceAddressError, match=reason) as caught:
+        plan_units([source])
+    assert caught.value.source == source
 
 
 def test_a_file_that_vanishes_or_grows_is_a_row_with_an_error(tmp_path):
@@ -266,6 +304,35 @@ def test_a_file_that_vanishes_or_grows_is_a_row_with_an_error(tmp_path):
     assert [image.error and image.error.reason for image in images] == [
         None, "file is missing", "larger than max_image_bytes", "empty",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["", "{0}/", "file://{0}/", "simplecache::{0}/"])
+def test_two_colons_in_a_name_are_a_part_of_it(tmp_path, monkeypatch, form):
+    folder = tmp_path / "10::30"
+    put(folder, "x::y.tar", "z.tar")
+    data = {f"pic.jpg{end}": jpeg(seed) for seed, end in enumerate(("", "::2.jpg", "::zip.jpg"))}
+    for name, content in data.items():
+        (folder / name).write_bytes(content)
+    (folder / "pic.jpg::2.txt").write_text("caption")
+    monkeypatch.chdir(folder)
+    root = form.format(folder)
+    images = images_of([f"{root}*.jpg"])
+    assert {image.key: image.data for image in images} == data
+    assert images[1].metadata == {"txt": "caption"}
+    (image,) = images_of([f"{root}pic.jpg::2.jpg"])
+    assert (image.key, image.data) == ("pic.jpg::2.jpg", data["pic.jpg::2.jpg"])
+    assert keys_of(f"{root}*.tar") == ["x::y/a", "x::y/b", "z/a", "z/b"]
+    if form:
+        assert len(keys_of(root)) == 7
+
+
+def test_members_of_a_zip_are_read_as_they_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for seed, name in enumerate(("a.jpg", "a.jpg::b.jpg")):
+            archive.writestr(name, jpeg(seed))
+    for target in (f"file://{tmp_path}/x.zip", f"{tmp_path}/x.zip"):
+        images = images_of([f"zip://*.jpg::{target}"])
+        assert [image.data for image in images] == [jpeg(0), jpeg(1)]
 
 
 class TestMemoryFileSystem:
@@ -291,6 +358,12 @@ class TestMemoryFileSystem:
         assert keys_of("memory://box/*/*.tar") == ["t/1/a", "t/1/b", "t/2/a"]
         (image,) = images_of(["memory://box/i/x.jpg"])
         assert (image.data, image.metadata) == (JPEG, {"txt": "hello"})
+
+    def test_two_colons_are_a_part_of_a_name_here_too(self, store):
+        store.pipe_file("/box/t/1::2.tar", tar_bytes([("c.jpg", JPEG)]))
+        store.pipe_file("/box/i/x::y.jpg", JPEG)
+        assert keys_of("memory://box/t/*2.tar") == ["1::2/c", "2/a"]
+        assert keys_of("memory://box/i/*y.jpg") == ["x::y.jpg"]
 
     def test_two_readers_of_one_tar_do_not_disturb_each_other(self):
         options = SourceOptions(block_bytes=512)
