@@ -40,6 +40,7 @@
     + ReadStateError        a bookmark is not one of this order of rows
     + CommitFailedError     nothing was published: safe to retry
     + CommitUnknownError    may have been published: read the commit, then decide
+    + StoreAddressError     nothing here can open such an address: the message says why
     + StoreUnavailableError the store answered none of many tries: run again later
     + StoreAccessError      the store refuses: fix the credentials or the rights
   x ManifestError           a Kubernetes manifest cannot be made of these values
@@ -451,6 +452,17 @@ class CommitUnknownError(ArchiveError):
 
     def __str__(self) -> str:
         return f"{self.name} may have been published: {self.reason}"
+
+
+class StoreAddressError(ArchiveError, ValueError):
+    """An address is of no kind of store that this installation can open."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(uri, reason)
+        self.uri, self.reason = uri, reason
+
+    def __str__(self) -> str:
+        return f"{self.uri} cannot be opened: {self.reason}"
 
 
 class StoreUnavailableError(ArchiveError, ConnectionError):

@@ -1,5 +1,6 @@
 """Bulk decode: each row once, whatever dies, in the formats that others read."""
 
+import errno
 import gc
 import io
 import json
@@ -47,6 +48,25 @@ def finished(job):
     for shard in job.shards_left():
         job.run_shard(shard, FakeCodec())
     return job.finish()
+
+
+@pytest.mark.parametrize("container", ["webdataset", "parquet", "folder"])
+def test_a_folder_without_hard_links_takes_a_decode_and_its_second_run(
+    archive, tmp_path, monkeypatch, container
+):
+    def link(source, target):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr("os.link", link)
+    job = planned(archive, tmp_path / "out", container=container)
+    assert not job.conditional
+    sums = finished(job)
+    assert sums["rows"] == 8
+    again = planned(archive, tmp_path / "out", container=container)
+    assert again.shards_left() == []
+    assert again.finish() == sums
+    with pytest.raises(PlanConflictError):
+        planned(archive, tmp_path / "out", container=container, shard_rows=4)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves it open

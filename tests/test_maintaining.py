@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from dicmh_ray.archive import open_snapshot
 from dicmh_ray.cli import app
-from dicmh_ray.errors import JobError
-from dicmh_ray.pipeline.job import Checkpoint, plan_job
+from dicmh_ray.errors import CommitFailedError, JobError
+from dicmh_ray.pipeline.job import Checkpoint, compress_local, plan_job
+from dicmh_ray.pipeline.monitor import JobMonitor
 from dicmh_ray.views import codecs
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
@@ -93,6 +94,43 @@ def test_a_tar_that_was_changed_is_new(run, archive, tmp_path):
     assert compress(run, tmp_path / "in" / "*.tar", archive, "--append")["images"] == 3
     assert "key of more than one row" in run("verify", archive).stdout
     assert len(keys(run, archive)) == 5
+
+
+def test_of_two_drivers_that_saw_different_files_each_picture_is_added_once(run, archive, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+
+    def arrive(*numbers):
+        for number in numbers:
+            (photos / f"{number}.bmp").write_bytes(bmp(picture(50 + number)))
+
+    def driver():
+        return plan_job([str(photos)], str(archive), append=True)
+
+    arrive(0, 1, 2)
+    early = driver()
+    arrive(3, 4)
+    late = driver()
+    job, todo, report = early
+    assert compress_local(job, todo, JobMonitor(report)).manifest == 2
+    job, todo, report = late
+    with pytest.raises(CommitFailedError, match="added by another job meanwhile"):
+        compress_local(job, todo, JobMonitor(report))
+    assert compress(run, photos, archive, "--append")["images"] == 2
+    shown = run("ls", archive, "--columns", "key", "--json").stdout.splitlines()
+    pictures = [key for line in shown if (key := json.loads(line)["key"]).endswith(".bmp")]
+    assert sorted(pictures) == [f"{number}.bmp" for number in range(5)]
+    assert json.loads(run("verify", archive, "--json").stdout)["exit_code"] == 0
+    assert compress(run, photos, archive, "--append")["units_total"] == 0
+    run("gc", archive, "--grace-hours", "0")
+    assert json.loads(run("verify", archive, "--json").stdout)["notes"] == []
+
+
+@pytest.mark.parametrize("command", ["info", "ls", "history", "gc"])
+def test_an_address_of_no_kind_of_store_is_told_in_one_line(run, command):
+    found = run(command, "foo://x", code=1)
+    assert found.stderr.strip() == "error: foo://x cannot be opened: Protocol not known: foo"
+    run("verify", "foo://x", code=2)
 
 
 def test_without_append_another_source_is_refused_as_ever(run, archive, tmp_path):

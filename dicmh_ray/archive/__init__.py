@@ -7,14 +7,14 @@ Only commits and ``manifest/`` say what belongs to an archive; nothing trusts a 
 ``data/``. ``schemas/archive.v1.md`` is the contract.
 """
 
-from dicmh_ray.archive.append import append_to_archive, published_units, unit_identity
+from dicmh_ray.archive.append import append_to_archive, published_units
 from dicmh_ray.archive.commit import Commit, PartFacts, UnitStatistics
 from dicmh_ray.archive.compact import CompactReport, compact_archive
 from dicmh_ray.archive.gc import GcOptions, GcReport, collect_garbage
 from dicmh_ray.archive.history import History, read_history
 from dicmh_ray.archive.manifest import Manifest
 from dicmh_ray.archive.part import PartOptions
-from dicmh_ray.archive.plan import Plan
+from dicmh_ray.archive.plan import Plan, unit_identity
 from dicmh_ray.archive.schema import ARROW_SCHEMA, BLOBS, SMALL_COLUMNS, EncodedImage, row_crc32c
 from dicmh_ray.archive.snapshot import ArchiveStatistics, Snapshot, open_snapshot, reindex
 from dicmh_ray.archive.store import Store, open_store, probe

@@ -4,7 +4,7 @@ The job has a plan of its own beside ``plan.json``. Any number of them may run a
 published when it is complete, on top of whatever the newest version is by then.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dicmh_ray.archive.codec_files import write_codec_files
@@ -12,27 +12,32 @@ from dicmh_ray.archive.commit import Commit
 from dicmh_ray.archive.later import LaterWriter, open_for_later, put_plan
 from dicmh_ray.archive.manifest import Manifest, next_manifest
 from dicmh_ray.archive.part import PartOptions
-from dicmh_ray.archive.plan import Plan, later_plan_name
-from dicmh_ray.archive.sealed import canonical_json
+from dicmh_ray.archive.plan import Plan, later_plan_name, unit_identity
 from dicmh_ray.archive.snapshot import Snapshot
-from dicmh_ray.archive.store import Store
-from dicmh_ray.archive.versions import OPERATION_FIELD, read_later_plan, read_plan
+from dicmh_ray.archive.versions import OPERATION_FIELD, overlapping_unit, published_plans
 from dicmh_ray.archive.writer import ArchiveWriter, create_archive
-from dicmh_ray.errors import AppendError, CorruptObjectError
-
-_NOT_IDENTITY = frozenset({"name", "key_prefix"})
+from dicmh_ray.errors import AppendError, CommitFailedError
 
 
 class AppendWriter(LaterWriter):
     """One writer of an appended job."""
 
     def derive(self, newest: Manifest, commits: Mapping[str, Commit]) -> Manifest:
-        """The newest version's rows, then this job's; source objects that are there stay out."""
-        present = {
-            unit_identity(unit)
-            for plan in published_plans(self._store, newest)
-            for unit in plan.units
-        }
+        """The newest version's rows, then this job's; source objects that are there stay out.
+
+        Raises:
+            CommitFailedError: another job has published some files of a group of this one, and not
+                the group. A plan that is made now leaves them out.
+        """
+        published = [*published_plans(self._store, newest)]
+        overlapping = overlapping_unit(self.plan, published)
+        if overlapping is not None:
+            reason = (
+                f"some image files of unit {overlapping['name']} were added by another job "
+                "meanwhile; run the same command again: it adds what is left"
+            )
+            raise CommitFailedError(later_plan_name(self.plan.plan_id), reason)
+        present = {unit_identity(unit) for plan in published for unit in plan.units}
         units = {str(unit["name"]): unit for unit in self.plan.units}
         added = {
             name: commit
@@ -90,11 +95,6 @@ def append_to_archive(
     return AppendWriter(store, plan, options)
 
 
-def unit_identity(unit: Mapping[str, Any]) -> bytes:
-    """What a unit reads: equal for two units that read the same bytes of the same objects."""
-    return canonical_json({key: unit[key] for key in unit if key not in _NOT_IDENTITY})
-
-
 def published_units(snapshot: Snapshot) -> list[Mapping[str, Any]]:
     """The units of every job in a snapshot of a finished archive, as they were planned.
 
@@ -106,18 +106,3 @@ def published_units(snapshot: Snapshot) -> list[Mapping[str, Any]]:
         raise AppendError(snapshot.uri, "its first job is unfinished; finish that one first")
     plans = published_plans(snapshot.store, snapshot.manifest)
     return [unit for plan in plans for unit in plan.units]
-
-
-def published_plans(store: Store, manifest: Manifest) -> Iterable[Plan]:
-    """The plans whose rows a version has; not those of compactions.
-
-    Raises:
-        CorruptObjectError: a plan is missing or damaged.
-    """
-    yield read_plan(store)
-    for version in manifest.history:
-        if version.operation == "append":
-            try:
-                yield read_later_plan(store, version.plan_id)
-            except FileNotFoundError as exc:
-                raise CorruptObjectError(later_plan_name(version.plan_id), "is missing") from exc

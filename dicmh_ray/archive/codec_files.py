@@ -49,9 +49,9 @@ def write_codec_files(store: Store, codec_id: str, files: Mapping[str, bytes]) -
                 raise CorruptObjectError(file.name, "holds other bytes than this job's checkpoint")
         return present
     for file in facts:
-        if not store.put_if_absent(file.name, files[file.name.removeprefix(folder)]):
+        if not store.put_once(file.name, files[file.name.removeprefix(folder)]):
             raise CorruptObjectError(file.name, "holds other bytes than this job's checkpoint")
-    if not store.put_if_absent(name, listing):
+    if not store.put_once(name, listing):
         raise CorruptObjectError(name, "holds other bytes than this job's checkpoint")
     return listing
 

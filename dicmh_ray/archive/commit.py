@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dicmh_ray.archive.part import Part, RowGroupFacts
-from dicmh_ray.archive.plan import Plan
+from dicmh_ray.archive.plan import UNIT_NAME, Plan
 from dicmh_ray.archive.schema import SMALL_COLUMNS, STATUSES, EncodedImage
 from dicmh_ray.archive.sealed import seal, unseal
-from dicmh_ray.archive.store import Store, check_name
+from dicmh_ray.archive.store import SEGMENT, Store, check_name
 from dicmh_ray.errors import CorruptObjectError
 
 COMMIT_PREFIX = "commit/"
@@ -34,7 +34,9 @@ COMMIT_VERSION = 1
 PARALLEL_REQUESTS = 16
 """Small objects read at once: a listing of 10,000 commits takes seconds, not minutes."""
 
-_COMMIT_NAME = re.compile(r"commit/(?P<unit>[^/]+?)(?:/(?P<attempt>[^/]+))?\.json")
+_COMMIT_NAME = re.compile(
+    rf"{COMMIT_PREFIX}(?P<unit>{UNIT_NAME.pattern})(?:/(?P<attempt>{SEGMENT}))?\.json"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,6 +275,11 @@ def job_commit_names(names: Iterable[str], plan: Plan) -> dict[str, str]:
     present = set(names)
     wanted = {unit: job_commit_name(plan.plan_id, unit) for unit in plan.unit_names}
     return {unit: name for unit, name in wanted.items() if name in present}
+
+
+def commit_names(names: Iterable[str]) -> list[str]:
+    """The first job's commits in a listing, of whichever attempt; what others put there is not."""
+    return [name for name in names if _COMMIT_NAME.fullmatch(name)]
 
 
 def winning_names(names: Iterable[str]) -> dict[str, str]:

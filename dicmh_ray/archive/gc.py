@@ -10,12 +10,20 @@ put longer ago than half of that (:data:`dicmh_ray.archive.writer.COMMIT_LEASE_S
 """
 
 import re
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dicmh_ray.archive.commit import COMMIT_PREFIX, PARALLEL_REQUESTS, Commit, job_prefix
+from dicmh_ray.archive.commit import (
+    COMMIT_PREFIX,
+    PARALLEL_REQUESTS,
+    Commit,
+    commit_names,
+    job_commit_names,
+    job_prefix,
+)
 from dicmh_ray.archive.manifest import (
     MANIFEST_PREFIX,
     Expired,
@@ -25,7 +33,8 @@ from dicmh_ray.archive.manifest import (
     manifest_versions,
 )
 from dicmh_ray.archive.plan import LATER_PLAN_PREFIX, Plan, later_plan_ids, later_plan_name
-from dicmh_ray.archive.store import SCRATCH, Store, StoredObject, open_store
+from dicmh_ray.archive.staged import staged_units
+from dicmh_ray.archive.store import SCRATCH, SEGMENT, Store, StoredObject, open_store
 from dicmh_ray.archive.versions import newest_manifest, open_plans, read_plan
 
 DAY_S = 86400
@@ -33,10 +42,10 @@ DAY_S = 86400
 # In this order they are deleted: what names, before what is named.
 _KINDS = (
     re.compile(r"plan/[0-9a-f]{64}\.json"),
-    re.compile(r"(commit|job)/.+\.json"),
-    re.compile(r"index/[^/]+\.(parquet|bin)"),
-    re.compile(r"data/part-[^/]+\.parquet"),
-    re.compile(re.escape(SCRATCH) + r".+"),
+    re.compile(rf"(commit|job)(/{SEGMENT})+\.json"),
+    re.compile(rf"index/{SEGMENT}\.(parquet|bin)"),
+    re.compile(rf"data/part-{SEGMENT}\.parquet"),
+    re.compile(rf"{SCRATCH}{SEGMENT}(/{SEGMENT})*"),
 )
 
 
@@ -123,7 +132,8 @@ def collect_garbage(
     Args:
         uri: address of the archive.
         options: which versions stay, and how long strays are spared.
-        dry_run: only say what would be deleted.
+        dry_run: only say what would be deleted. Nothing is written, so ages are told by the clock
+            of this machine instead of the store's.
         storage_options: for the fsspec file system; written nowhere.
 
     Raises:
@@ -134,10 +144,11 @@ def collect_garbage(
     options = options or GcOptions()
     store = open_store(uri, storage_options)
     plan = read_plan(store)
-    now = store.now()
+    # A dry run writes nothing; what its own clock gets wrong is what it says, and nothing else.
+    now = time.time() if dry_run else store.now()
     listed = [*store.list_objects("")]
     newest = newest_manifest(store, plan)
-    needed = _of_open_jobs(store, newest)
+    needed = _of_open_jobs(store, plan, newest)
     versions = _sort_versions(store, plan, options, now)
     for manifest in versions.kept:
         needed |= manifest.object_names()
@@ -173,15 +184,19 @@ def _kind(name: str) -> int | None:
     return next((i for i, kind in enumerate(_KINDS) if kind.fullmatch(name)), None)
 
 
-def _of_open_jobs(store: Store, newest: Manifest | None) -> set[str]:
-    """Everything that jobs under way have committed, whichever attempt will count."""
-    prefixes = [job_prefix(plan.plan_id) for plan in open_plans(store, newest)]
+def _of_open_jobs(store: Store, first: Plan, newest: Manifest | None) -> set[str]:
+    """Everything that jobs under way have committed or staged, whichever attempt will count."""
+    names: list[str] = []
+    for plan in open_plans(store, newest):
+        names += job_commit_names(store.list(job_prefix(plan.plan_id)), plan).values()
+    needed: set[str] = set()
     if newest is None:
-        prefixes.append(COMMIT_PREFIX)
-    names = [name for prefix in prefixes for name in store.list(prefix)]
+        names += commit_names(store.list(COMMIT_PREFIX))
+        for staged in staged_units(first):
+            needed.update(object.name for object in staged.objects)
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         commits = list(pool.map(lambda name: Commit.from_bytes(name, store.get(name)), names))
-    needed = set(names)
+    needed.update(names)
     for commit in commits:
         needed.update([commit.index.name, *(part.name for part in commit.parts)])
     return needed

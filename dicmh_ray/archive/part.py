@@ -28,6 +28,8 @@ from dicmh_ray.archive.schema import (
 from dicmh_ray.bitstream import crc32c
 from dicmh_ray.errors import CorruptObjectError
 
+PART_PREFIX = "data/"
+
 _MAGIC = b"PAR1"
 _LEAVES = {
     c.name: f"{c.name}.list.element" if pa.types.is_list(c.type) else c.name for c in COLUMNS
@@ -330,7 +332,7 @@ def _write_part(
             tables.append(table)
     data = bytes(sink.getvalue().to_pybytes())
     sha256 = hashlib.sha256(data).hexdigest()
-    name = f"data/part-{unit}-{sha256[:16]}.parquet"
+    name = f"{PART_PREFIX}part-{unit}-{sha256[:16]}.parquet"
     metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
     indexes = []
     for number, (group, table) in enumerate(zip(groups, tables, strict=True)):

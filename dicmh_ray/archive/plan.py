@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dicmh_ray.archive.sealed import digest, seal, unseal
+from dicmh_ray.archive.sealed import canonical_json, digest, seal, unseal
 from dicmh_ray.errors import CorruptObjectError
 
 PLAN_NAME = "plan.json"
@@ -14,7 +14,10 @@ LATER_PLAN_PREFIX = "plan/"
 PLAN_FORMAT = "dicmh.archive.plan"
 PLAN_VERSION = 1
 
-_UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+"""What a unit may be called."""
+
+_NOT_IDENTITY = frozenset({"name", "key_prefix"})
 _CODEC_ID = re.compile(r"[0-9a-f]{64}")
 _LATER_PLAN_NAME = re.compile(r"plan/([0-9a-f]{64})\.json")
 
@@ -38,7 +41,7 @@ class Plan:
             raise ValueError(f"codec_id {self.codec_id!r} is not 64 hex digits")
         seen: set[str] = set()
         for name in self.unit_names:
-            if not _UNIT_NAME.fullmatch(name) or name.lower() in seen:
+            if not UNIT_NAME.fullmatch(name) or name.lower() in seen:
                 raise ValueError(f"unit name {name!r} is not fit for a file name, or not unique")
             seen.add(name.lower())
         if _has_storage_options([*self.units, self.parameters]):
@@ -100,6 +103,19 @@ def later_plan_name(plan_id: str) -> str:
 def later_plan_ids(names: Iterable[str]) -> list[str]:
     """Plans in a listing of ``plan/``, sorted."""
     return sorted(match[1] for name in names if (match := _LATER_PLAN_NAME.fullmatch(name)))
+
+
+def unit_identity(unit: Mapping[str, Any]) -> bytes:
+    """What a unit reads: equal for two units that read the same bytes of the same objects."""
+    return canonical_json({key: unit[key] for key in unit if key not in _NOT_IDENTITY})
+
+
+def unit_files(unit: Mapping[str, Any]) -> frozenset[str]:
+    """Addresses of the image files that a unit groups; none of a unit that reads one object."""
+    uris = unit.get("uri")
+    if not isinstance(uris, list | tuple):
+        return frozenset()
+    return frozenset(f"{unit.get('root', '')}{uri}" for uri in uris)
 
 
 def _has_storage_options(value: Any) -> bool:

@@ -23,7 +23,7 @@ from dicmh_ray.archive.commit import (
     new_attempt,
 )
 from dicmh_ray.archive.manifest import Manifest
-from dicmh_ray.archive.part import INDEX_SCHEMA, PartOptions, write_index, write_parts
+from dicmh_ray.archive.part import INDEX_SCHEMA, PART_PREFIX, PartOptions, write_index, write_parts
 from dicmh_ray.archive.plan import PLAN_NAME, Plan
 from dicmh_ray.archive.schema import EncodedImage
 from dicmh_ray.archive.store import Store, open_store
@@ -49,6 +49,11 @@ class StagedUnit:
 
     statistics: UnitStatistics
     """Sums over the rows."""
+
+    @property
+    def objects(self) -> tuple[PartFacts | ObjectFacts, ...]:
+        """What must be stored when the unit is published."""
+        return (*self.parts, self.index)
 
     def to_unit(self) -> dict[str, Any]:
         """As a unit of a plan."""
@@ -78,6 +83,15 @@ class StagedUnit:
             )
         except (KeyError, TypeError, ValueError) as exc:
             raise CorruptObjectError(PLAN_NAME, f"not a plan of staged units: {exc!r}") from exc
+
+
+def staged_units(plan: Plan) -> list[StagedUnit]:
+    """The units of a plan that were stored before it was.
+
+    Raises:
+        CorruptObjectError: one of them is not described as it must be.
+    """
+    return [StagedUnit.from_unit(unit) for unit in plan.units if _STAGED in unit]
 
 
 def stage_unit(
@@ -139,6 +153,7 @@ def publish_staged(
 
     Raises:
         PlanConflictError: there is an archive at that address, of other units.
+        CorruptObjectError: some of what was staged is gone; no unit was published.
     """
     plan = Plan(
         units=[unit.to_unit() for unit in units], codec_id=codec_id, parameters=parameters or {}
@@ -156,7 +171,8 @@ def finish_staged(uri: str, *, storage_options: Mapping[str, Any] | None = None)
 
     Raises:
         ArchiveNotFoundError: no plan was put: nothing was published.
-        CorruptObjectError: the archive was not made of staged units.
+        CorruptObjectError: the archive was not made of staged units, or some of what they name is
+            gone; nothing more was published.
     """
     plan = read_plan(open_store(uri, storage_options))
     writer = create_archive(uri, plan=plan, codec_files={}, storage_options=storage_options)
@@ -191,10 +207,24 @@ def _finish(
     store = open_store(uri, storage_options, conditional=writer.conditional)
     staged = _StagedWriter(store, plan)
     committed = staged.committed_units()
-    for unit in plan.units:
-        if unit["name"] not in committed:
-            staged.commit_staged(StagedUnit.from_unit(unit))
+    units = [StagedUnit.from_unit(unit) for unit in plan.units if unit["name"] not in committed]
+    _check_stored(store, units)
+    for unit in units:
+        staged.commit_staged(unit)
     return staged.finalize()
+
+
+def _check_stored(store: Store, units: Iterable[StagedUnit]) -> None:
+    """Check that nothing of what is about to be published is gone. Two listings."""
+    wanted = {stored.name: stored.num_bytes for unit in units for stored in unit.objects}
+    prefixes = (PART_PREFIX, INDEX_PREFIX) if wanted else ()
+    found = {o.name: o.num_bytes for prefix in prefixes for o in store.list_objects(prefix)}
+    for name, num_bytes in wanted.items():
+        if name not in found:
+            raise CorruptObjectError(name, "was staged and is missing: nothing is published")
+        if found[name] != num_bytes:
+            reason = f"has {found[name]} bytes, {num_bytes} were staged: nothing is published"
+            raise CorruptObjectError(name, reason)
 
 
 def _jsonable(part: PartFacts) -> dict[str, Any]:

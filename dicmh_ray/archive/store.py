@@ -3,6 +3,8 @@
 ``put_if_absent`` is the only primitive of which two callers can never both be told "yours is the
 object": the local disk does it with a hard link, S3 with ``If-None-Match: *``. Everything else
 here is a plain put (atomic: a reader sees all of an object or none of it), a get or a listing.
+A disk without hard links has no such put, nor has a file system whose client only looks before it
+writes (fsspec's default, and so HDFS and FTP).
 
 An error that may pass is met by trying again (:mod:`dicmh_ray.archive.retrying`), here and not in
 the client libraries, so that the number of tries is known and two layers do not multiply. Every
@@ -32,6 +34,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from dicmh_ray.archive import retrying
 from dicmh_ray.archive.retrying import RetryPolicy, http_status, lacks_credentials, may_pass
@@ -42,6 +45,7 @@ from dicmh_ray.errors import (
     DicmhError,
     MissingExtraError,
     StoreAccessError,
+    StoreAddressError,
     StoreUnavailableError,
 )
 
@@ -50,13 +54,16 @@ logger = logging.getLogger(__name__)
 SCRATCH = "scratch/"
 """Objects below this prefix belong to probes: no reader looks at them."""
 
+SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._=+-]*"
+"""Pattern of each part of a name between slashes."""
+
 _TEMPORARY = ".tmp-"
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 _SECRET_OPTION = re.compile(r"key|secret|token|password|passwd|credential|sas", re.IGNORECASE)
 _SHORTEST_SECRET = 6
 _S3_SCHEMES = ("s3", "s3a")
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
-_SAFE_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
+_NAME = re.compile(rf"{SEGMENT}(/{SEGMENT})*")
 _memory_lock = threading.Lock()
 _T = TypeVar("_T")
 
@@ -82,7 +89,7 @@ def check_name(name: str) -> str:
     Raises:
         CorruptObjectError: the name could leave the archive's folder.
     """
-    if not all(_SAFE_SEGMENT.fullmatch(segment) for segment in name.split("/")):
+    if not _NAME.fullmatch(name):
         raise CorruptObjectError(name, "not a legal object name")
     return name
 
@@ -188,6 +195,7 @@ class Store:
             False when the object exists with other bytes: somebody else was first.
 
         Raises:
+            NotImplementedError: the store has no conditional put; see :meth:`put_once`.
             CommitFailedError: nothing was written; trying again is safe.
             CommitUnknownError: the store did not answer the question either.
             StoreAccessError: the store refuses to be written to.
@@ -218,6 +226,21 @@ class Store:
             else:
                 return True
         raise CommitFailedError(name, f"{self._describe(error)} (tried {tried} times)") from error
+
+    def put_once(self, name: str, data: bytes) -> bool:
+        """Write an object unless there is one. True when the stored bytes are these.
+
+        As :meth:`put_if_absent`, also on a store without conditional puts. Of two callers that come
+        at the same time both may write there; the object is one of theirs, whole.
+        """
+        if self.conditional:
+            with contextlib.suppress(NotImplementedError):  # of a store that was not probed
+                return self.put_if_absent(name, data)
+        try:
+            return self.get(name) == data
+        except FileNotFoundError:
+            self.put(name, data)
+        return self.get(name) == data
 
     def list(self, prefix: str) -> list[str]:
         """Sorted names of all objects whose name starts with ``prefix`` (``""`` or ``"x/"``)."""
@@ -292,6 +315,9 @@ class Store:
 
     def _create(self, path: str, data: bytes) -> None:
         """Write an object that must not exist; FileExistsError or HTTP 409/412 where it does."""
+        if getattr(self._fs.pipe_file, "__func__", None) is AbstractFileSystem.pipe_file:
+            # It looks, then writes: two writers that look at the same time both find nothing.
+            raise NotImplementedError(f"{type(self._fs).__name__} has no conditional put")
         self._fs.pipe_file(path, data, mode="create")
 
     def _read(self, path: str) -> bytes:
@@ -460,6 +486,7 @@ def open_store(
 
     Raises:
         MissingExtraError: the address is on S3 and s3fs is not installed.
+        StoreAddressError: there is no such kind of store, or its client library is not installed.
     """
     # Only the scheme decides: building the file system twice would open two sessions.
     scheme = uri.split("://", 1)[0] if "://" in uri else "file"
@@ -468,7 +495,9 @@ def open_store(
     except ImportError as exc:
         if scheme in _S3_SCHEMES:
             raise MissingExtraError("s3fs", "s3") from exc
-        raise
+        raise StoreAddressError(public_uri(uri), str(exc)) from exc
+    except ValueError as exc:
+        raise StoreAddressError(public_uri(uri), str(exc)) from exc
     if issubclass(kind, LocalFileSystem):
         return LocalStore(uri, storage_options, conditional=conditional, retry=retry)
     if issubclass(kind, MemoryFileSystem):

@@ -6,7 +6,7 @@ the winner's: two appends at once are two versions, one after the other. No name
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from dicmh_ray.archive.manifest import (
@@ -23,6 +23,8 @@ from dicmh_ray.archive.plan import (
     Plan,
     later_plan_ids,
     later_plan_name,
+    unit_files,
+    unit_identity,
 )
 from dicmh_ray.archive.store import Store, check_name
 from dicmh_ray.errors import (
@@ -142,7 +144,8 @@ def publish(
 def open_plans(store: Store, newest: Manifest | None) -> list[Plan]:
     """Later plans that no version has published, and that one may still publish.
 
-    A compaction of which a source is gone can never be published.
+    A compaction of which a source is gone can never be published, nor an append that groups image
+    files otherwise than a job that was published before it.
 
     Raises:
         CorruptObjectError: a plan is damaged.
@@ -158,9 +161,48 @@ def open_plans(store: Store, newest: Manifest | None) -> list[Plan]:
             plan = read_later_plan(store, plan_id)
         except FileNotFoundError:
             continue  # it was garbage, and is gone since the listing
-        if not is_compaction(plan) or (newest is not None and can_be_compacted(newest, plan)):
+        if newest is None:
+            is_open = not is_compaction(plan)
+        elif is_compaction(plan):
+            is_open = can_be_compacted(newest, plan)
+        else:
+            is_open = overlapping_unit(plan, published_plans(store, newest)) is None
+        if is_open:
             plans.append(plan)
     return plans
+
+
+def published_plans(store: Store, manifest: Manifest) -> Iterator[Plan]:
+    """The plans whose rows a version has; not those of compactions.
+
+    Raises:
+        CorruptObjectError: a plan is missing or damaged.
+    """
+    yield read_plan(store)
+    for version in manifest.history:
+        if version.operation == "append":
+            try:
+                yield read_later_plan(store, version.plan_id)
+            except FileNotFoundError as exc:
+                raise CorruptObjectError(later_plan_name(version.plan_id), "is missing") from exc
+
+
+def overlapping_unit(plan: Plan, published: Iterable[Plan]) -> Mapping[str, Any] | None:
+    """A unit of an append that has image files of published units, and is none of them itself.
+
+    To publish it would add those files twice; to leave it out, the others never.
+    """
+    groups = {unit_identity(unit): files for unit in plan.units if (files := unit_files(unit))}
+    if not groups:
+        return None
+    added: set[str] = set()
+    for other in published:
+        for unit in other.units:
+            files = unit_files(unit)
+            if files and groups.pop(unit_identity(unit), None) is None:
+                added |= files
+    overlapping = next((i for i, files in groups.items() if not files.isdisjoint(added)), None)
+    return next((unit for unit in plan.units if unit_identity(unit) == overlapping), None)
 
 
 def can_be_compacted(newest: Manifest, plan: Plan) -> bool:

@@ -12,6 +12,7 @@ metadata field, another type) is false; ``!=`` and ``not in`` are true exactly w
 import ast
 import json
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -33,6 +34,7 @@ _MAX_DEPTH = 50
 _NOT_COMPARABLE = frozenset({*BLOBS, "exif", "icc", "tag_scores", "prefix_bytes"})
 _NUMBERS = (int, float)
 _INT64 = 2**63
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Comparison(NamedTuple):
@@ -97,6 +99,7 @@ def parse_where(text: str) -> Where:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
         raise WhereError(text, f"not an expression: {exc}") from exc
+    _check_tree(text, tree.body)
     terms = []
     if isinstance(tree.body, ast.BoolOp) and isinstance(tree.body.op, ast.And):
         terms = [_where(ast.unparse(node), node) for node in tree.body.values]
@@ -104,9 +107,24 @@ def parse_where(text: str) -> Where:
     return replace(whole, terms=tuple(terms))
 
 
+def _check_tree(text: str, tree: ast.expr) -> None:
+    """Refuse what could not even be quoted in a message, or compared with a column."""
+    level: list[ast.AST] = [tree]
+    for _ in range(_MAX_DEPTH):
+        for value in (node.value for node in level if isinstance(node, ast.Constant)):
+            if isinstance(value, int) and value > _INT64:
+                raise WhereError(text, "a number does not fit 64 bits")
+            if isinstance(value, str) and _SURROGATE.search(value):
+                raise WhereError(text, f"{value[:60]!a} is no Unicode text")
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        if not level:
+            return
+    raise WhereError(text, "nested too deep")
+
+
 def _where(text: str, node: ast.expr) -> Where:
     parser = _Parser(text)
-    test = parser.condition(node, 0)
+    test = parser.condition(node)
     return Where(text, frozenset(parser.columns), test)
 
 
@@ -133,15 +151,13 @@ class _Parser:
     text: str
     columns: set[str] = field(default_factory=set)
 
-    def condition(self, node: ast.expr, depth: int) -> _Test:
-        if depth > _MAX_DEPTH:
-            raise WhereError(self.text, "nested too deep")
+    def condition(self, node: ast.expr) -> _Test:
         if isinstance(node, ast.BoolOp):
-            tests = [self.condition(value, depth + 1) for value in node.values]
+            tests = [self.condition(value) for value in node.values]
             join = np.logical_and if isinstance(node.op, ast.And) else np.logical_or
             return lambda table: reduce(join, (test(table) for test in tests))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            return _negated(self.condition(node.operand, depth + 1))
+            return _negated(self.condition(node.operand))
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             tests = [

@@ -140,7 +140,7 @@ class ArchiveWriter:
         listing = ObjectFacts.of("files.json", self._store.get(files_name(self.plan.codec_id)))
         manifest = first_manifest(self.plan, commits, listing.sha256)
         put_joined_index(self._store, manifest)
-        if _put_once(self._store, name, manifest.to_bytes()):
+        if self._store.put_once(name, manifest.to_bytes()):
             return manifest
         return Manifest.from_bytes(name, self._store.get(name), self.plan)
 
@@ -230,7 +230,7 @@ def create_archive(
     if not probe(store):
         store = open_store(uri, storage_options, conditional=False)
     data = plan.to_bytes()
-    if not _put_once(store, PLAN_NAME, data):
+    if not store.put_once(PLAN_NAME, data):
         found = Plan.from_bytes(store.get(PLAN_NAME))
         raise PlanConflictError(store.uri, plan.plan_id, found.plan_id)
     write_codec_files(store, plan.codec_id, codec_files)
@@ -240,14 +240,3 @@ def create_archive(
 def _clocks() -> tuple[float, float]:
     """Two clocks: one may stand still while a machine sleeps, the other may be set."""
     return time.monotonic(), time.time()
-
-
-def _put_once(store: Store, name: str, data: bytes) -> bool:
-    """Whether these bytes are what is stored under ``name`` afterwards."""
-    if store.conditional:
-        return store.put_if_absent(name, data)
-    try:
-        return store.get(name) == data
-    except FileNotFoundError:
-        store.put(name, data)
-    return store.get(name) == data

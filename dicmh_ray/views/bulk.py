@@ -293,7 +293,7 @@ class BulkDecode:
             name, data = f"shard-{shard:06d}.parquet", self._parquet(files)
         else:
             name, data = f"shard-{shard:06d}.tar", self._tar(files)
-        if not self._store.put_if_absent(name, data):
+        if not self._store.put_once(name, data):
             # Another attempt was first; a decode elsewhere may differ in a rounding.
             data = self._store.get(name)
         return len(data), hashlib.sha256(data).hexdigest()
@@ -413,7 +413,7 @@ def plan_bulk_decode(
     conditional = probe(store)
     if not conditional:
         store = open_store(output, output_options, conditional=False)
-    if began is None and not store.put_if_absent(PLAN_NAME, _json(plan)):
+    if began is None and not store.put_once(PLAN_NAME, _json(plan)):
         began = _plan_of(store)
     if began is not None and began != plan:
         found = hashlib.sha256(_json(began)).hexdigest()

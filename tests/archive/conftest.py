@@ -1,6 +1,10 @@
-"""The stores that the behaviour suite runs on: a folder, memory, and two S3 servers."""
+"""The stores that the behaviour suite runs on: a folder, memory, and two S3 servers.
+
+Besides, a folder without hard links, as on exFAT: it has no conditional put.
+"""
 
 import contextlib
+import errno
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,10 +111,27 @@ def ceph_options(ceph_endpoint, monkeypatch):
     return ceph.storage_options(ceph_endpoint)
 
 
-@pytest.fixture(params=["local", "memory", "s3", "ceph"])
+@pytest.fixture
+def no_hard_links(monkeypatch):
+    """Every disk is one without hard links."""
+
+    def link(source, target):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr("os.link", link)
+
+
+CONDITIONAL = ("local", "memory", "s3", "ceph")
+on_every_store = pytest.mark.parametrize("place", [*CONDITIONAL, "unlinked"], indirect=True)
+"""Also on one without conditional puts."""
+
+
+@pytest.fixture(params=CONDITIONAL)
 def place(request, tmp_path):
     """A new empty address on each kind of store."""
-    if request.param == "local":
+    if request.param == "unlinked":
+        request.getfixturevalue("no_hard_links")
+    if request.param in ("local", "unlinked"):
         return Place(str(tmp_path / "archive"))
     if request.param == "memory":
         return Place(f"memory://{uuid.uuid4().hex}/archive")

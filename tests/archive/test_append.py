@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 
 from dicmh_ray.archive import (
+    GcOptions,
     Plan,
     append_to_archive,
+    collect_garbage,
     create_archive,
     open_snapshot,
     open_store,
     published_units,
+    read_history,
     verify_archive,
     writer,
 )
@@ -376,6 +379,56 @@ def test_two_drivers_of_one_append_publish_it_once(uri, monkeypatch, seed):
     assert found["x"].version == 2
     assert len(keys(uri)) == 7
     check_sound(uri)
+
+
+def files_plan(*names, root="photos/"):
+    """A job of one group of image files."""
+    unit = {"name": "000000", "kind": "files", "root": root, "uri": list(names)}
+    return Plan(units=[unit], codec_id=CODEC_ID, parameters={})
+
+
+def committed(uri, plan):
+    """A writer of an append whose one unit is committed: a row for each file."""
+    job = append_to_archive(uri, plan=plan, codec_files=CODEC_FILES)
+    job.commit_unit("000000", [ok_row(name) for name in plan.units[0]["uri"]])
+    return job
+
+
+@pytest.mark.parametrize(
+    "later",
+    [files_plan("2.png", "3.png"), files_plan("photos/2.png", root=""), files_plan("1.png")],
+)
+def test_a_group_of_files_of_which_another_job_added_some_is_not_published(uri, later):
+    begin(uri)
+    slow = committed(uri, later)
+    assert committed(uri, files_plan("1.png", "2.png")).finalize().version == 2
+    with pytest.raises(CommitFailedError, match="run the same command again"):
+        slow.finalize()
+    assert keys(uri)[3:] == ["1.png", "2.png"]
+    assert read_history(uri).open_jobs == ()
+    assert collect_garbage(uri).deleted == (), "it is garbage, but young"
+    gone = {o.name for o in collect_garbage(uri, options=GcOptions(grace_s=0)).deleted}
+    assert f"plan/{later.plan_id}.json" in gone
+    assert not any(later.plan_id in name for name in open_store(uri).list(""))
+    assert committed(uri, files_plan("3.png")).finalize().version == 3
+    assert keys(uri)[3:] == ["1.png", "2.png", "3.png"]
+    check_sound(uri)
+
+
+def test_groups_of_other_files_and_equal_groups_do_not_stop_each_other(uri):
+    begin(uri)
+    jobs = [
+        committed(uri, plan)
+        for plan in (
+            files_plan("1.png", "2.png"),
+            files_plan("3.png"),
+            files_plan("1.png", root="other/"),
+        )
+    ]
+    again = replace(jobs[0].plan, parameters={"bpp": 0.5})
+    jobs.append(committed(uri, again))
+    assert [job.finalize().version for job in jobs] == [2, 3, 4, 5]
+    assert keys(uri)[3:] == ["1.png", "2.png", "3.png", "1.png"]
 
 
 def test_an_append_whose_answers_are_lost_is_published_once(uri, monkeypatch):

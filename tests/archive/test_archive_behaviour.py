@@ -3,6 +3,7 @@
 import json
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -10,21 +11,27 @@ import pytest
 
 from dicmh_ray.archive import (
     ArchiveWriter,
+    GcOptions,
+    append_to_archive,
+    collect_garbage,
+    compact_archive,
     create_archive,
     joined_index,
     open_snapshot,
+    open_store,
     verify_archive,
     writer,
 )
 from dicmh_ray.archive.store import MemoryStore
 from dicmh_ray.errors import (
+    AppendError,
     ArchiveNotFoundError,
     CommitFailedError,
     CorruptObjectError,
     PlanConflictError,
 )
 from dicmh_ray.reader import ArchiveReader
-from tests.archive.conftest import KEY, SECRET
+from tests.archive.conftest import KEY, SECRET, on_every_store
 from tests.archive.rows import CODEC_FILES, CODEC_ID, mixed_rows, ok_row, plan_of
 
 
@@ -45,6 +52,7 @@ def verify(place, **options):
     return verify_archive(place.uri, storage_options=place.options, **options)
 
 
+@on_every_store
 class TestArchive:
     def test_rows_come_back_as_they_went_in(self, place):
         job = start(place)
@@ -89,29 +97,6 @@ class TestArchive:
 
         assert job.commit_unit("000000", encode(), info={"host": "b"}) == first
 
-    def test_of_eight_attempts_at_a_unit_one_is_committed(self, place):
-        job = start(place, "000000")
-        gate = threading.Barrier(8, timeout=60)
-
-        def attempt(number):
-            def rows():
-                gate.wait()
-                yield ok_row("image", source_offset=number)
-
-            return job.commit_unit("000000", rows())
-
-        with ThreadPoolExecutor(8) as pool:
-            commits = list(pool.map(attempt, range(8)))
-        assert len({commit.attempt for commit in commits}) == 1
-        assert len(job._store.list("data/")) == 8, "the losers' parts are strays"
-        (row,) = ArchiveReader(snapshot(place)).rows()
-        assert commits[0].parts[0].name in job._store.list("data/")
-        assert row.key == "image"
-        assert job.finalize() == job.finalize()
-        report = verify(place)
-        assert report.exit_code == 0
-        assert sum("stray" in note for note in report.notes) == 14
-
     def test_racing_finishers_agree(self, place):
         job = start(place, "000000")
         job.commit_unit("000000", mixed_rows(0, 2))
@@ -137,6 +122,20 @@ class TestArchive:
         for name in store.list(""):
             for secret in (KEY, SECRET):
                 assert secret.encode() not in store.get(name)
+
+    def test_garbage_goes_and_the_archive_stays(self, place):
+        job = start(place)
+        job.commit_unit("000000", mixed_rows(0, 4))
+        stray = "data/part-000001-0123456789abcdef.parquet"
+        job._store.put(stray, b"stray")
+        time.sleep(1.1 if place.uri.startswith("s3") else 0)
+        options = {"options": GcOptions(grace_s=0), "storage_options": place.options}
+        assert [o.name for o in collect_garbage(place.uri, **options).deleted] == [stray]
+        job.commit_unit("000001", mixed_rows(4, 4))
+        job.finalize()
+        assert collect_garbage(place.uri, **options).deleted == ()
+        found = verify(place)
+        assert (found.exit_code, found.rows, found.notes) == (0, 8, [])
 
     def test_the_checkpoint_comes_back_verified(self, place):
         job = start(place, "000000")
@@ -168,6 +167,30 @@ class TestArchive:
         bits = 8 * sum(len(row.base) + len(row.detail) for row in oks)
         assert statistics.mean_bpp == pytest.approx(bits / (128 * len(oks)))
         json.dumps(statistics.to_dict())
+
+
+def test_of_eight_attempts_at_a_unit_one_is_committed(place):
+    job = start(place, "000000")
+    gate = threading.Barrier(8, timeout=60)
+
+    def attempt(number):
+        def rows():
+            gate.wait()
+            yield ok_row("image", source_offset=number)
+
+        return job.commit_unit("000000", rows())
+
+    with ThreadPoolExecutor(8) as pool:
+        commits = list(pool.map(attempt, range(8)))
+    assert len({commit.attempt for commit in commits}) == 1
+    assert len(job._store.list("data/")) == 8, "the losers' parts are strays"
+    (row,) = ArchiveReader(snapshot(place)).rows()
+    assert commits[0].parts[0].name in job._store.list("data/")
+    assert row.key == "image"
+    assert job.finalize() == job.finalize()
+    report = verify(place)
+    assert report.exit_code == 0
+    assert sum("stray" in note for note in report.notes) == 14
 
 
 class TestStoreWithoutConditionalPuts:
@@ -214,11 +237,50 @@ class TestStoreWithoutConditionalPuts:
         create_archive(uri, plan=plan_of("u0", "u1"), codec_files=upgraded)
         assert open_snapshot(uri).codec_files() == CODEC_FILES
 
+    def test_no_other_job_is_added(self, tmp_path, no_hard_links):
+        uri = str(tmp_path / "archive")
+        job = self.start(uri)
+        for unit in job.plan.unit_names:
+            job.commit_unit(unit, [ok_row(f"{unit}-image")])
+        job.finalize()
+        before = open_store(uri).list("")
+        with pytest.raises(AppendError, match="ignores conditional puts"):
+            append_to_archive(uri, plan=plan_of("u2"), codec_files=CODEC_FILES)
+        with pytest.raises(AppendError, match="ignores conditional puts"):
+            compact_archive(uri)
+        assert open_store(uri).list("") == before
+
     def test_another_plan_is_still_refused(self, uri):
         self.start(uri)
         self.start(uri)
         with pytest.raises(PlanConflictError):
             create_archive(uri, plan=plan_of("u0"), codec_files=CODEC_FILES)
+
+
+def test_what_an_operating_system_leaves_in_folders_is_not_read_and_not_touched(tmp_path):
+    uri = tmp_path / "archive"
+    job = create_archive(str(uri), plan=plan_of("000000", "000001"), codec_files=CODEC_FILES)
+    job.commit_unit("000000", mixed_rows(0, 3))
+    litter = [
+        uri / folder / name
+        for folder in ("commit", "data", "index", "scratch", "job/0", "manifest", "plan", "codec")
+        for name in ("._000000.json", ".DS_Store", "._part-x.parquet", "part-a copy.parquet")
+    ] + [uri / "commit" / "000000 2.json", uri / "commit" / "000000" / "._1.json"]
+    for path in litter:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"litter")
+    assert [commit.unit for commit in open_snapshot(str(uri)).commits] == ["000000"]
+    collect_garbage(str(uri), options=GcOptions(keep_s=0, grace_s=0))
+    assert verify_archive(str(uri)).exit_code == 0
+    job.commit_unit("000001", mixed_rows(3, 2))
+    job.finalize()
+    later = append_to_archive(str(uri), plan=plan_of("a"), codec_files=CODEC_FILES)
+    later.commit_unit("a", mixed_rows(5, 1))
+    (uri / "job" / later.plan.plan_id / "._a.json").write_bytes(b"litter")
+    collect_garbage(str(uri), options=GcOptions(keep_versions=1, keep_s=0, grace_s=0))
+    assert later.finalize().version == 2
+    assert verify_archive(str(uri)).exit_code == 0
+    assert all(path.exists() for path in litter)
 
 
 class LosesAnswers(MemoryStore):

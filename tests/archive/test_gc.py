@@ -322,6 +322,26 @@ def test_what_a_killed_put_left_in_a_folder_goes_after_the_grace_period(tmp_path
     assert (tmp_path / "archive" / "data" / ".hidden").exists()
 
 
+def test_a_dry_run_writes_nothing(uri, monkeypatch):
+    begin(uri)
+    append(uri, "a.tar")
+    stray = "data/part-x-00.parquet"
+    open_store(uri).put(stray, b"stray")
+    aged(monkeypatch, stray)
+
+    def refused(self, *args):
+        raise PermissionError("these credentials may read")
+
+    with monkeypatch.context() as patch:
+        for operation in ("put", "_create", "delete"):
+            patch.setattr(store.MemoryStore, operation, refused)
+        told = collect_garbage(uri, options=CAREFUL, dry_run=True)
+        with pytest.raises(PermissionError):
+            collect_garbage(uri, options=CAREFUL)
+    assert stray in [o.name for o in told.deleted]
+    assert collect_garbage(uri, options=CAREFUL).deleted == told.deleted
+
+
 def test_nothing_is_collected_where_no_archive_is(uri):
     with pytest.raises(ArchiveNotFoundError):
         collect_garbage(uri)

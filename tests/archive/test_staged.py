@@ -2,7 +2,13 @@
 
 import pytest
 
-from dicmh_ray.archive import open_snapshot, open_store, verify_archive
+from dicmh_ray.archive import (
+    GcOptions,
+    collect_garbage,
+    open_snapshot,
+    open_store,
+    verify_archive,
+)
 from dicmh_ray.archive import staged as staged_module
 from dicmh_ray.archive.staged import StagedUnit, finish_staged, publish_staged, stage_unit
 from dicmh_ray.errors import ArchiveNotFoundError, CorruptObjectError, PlanConflictError
@@ -45,7 +51,9 @@ def test_a_unit_survives_its_plan():
         StagedUnit.from_unit({"name": "a", "uri": "x.tar"})
 
 
-def test_what_was_cut_off_behind_the_plan_is_finished_from_the_plan(uri, monkeypatch):
+@pytest.fixture
+def cut_off(uri, monkeypatch):
+    """Three units whose publication ended behind the plan and the commit of the first."""
     units = [stage(uri, name, [ok_row(f"{name}-{n}") for n in range(3)]) for name in "abc"]
     commit = staged_module._StagedWriter.commit_staged
 
@@ -59,9 +67,46 @@ def test_what_was_cut_off_behind_the_plan_is_finished_from_the_plan(uri, monkeyp
         with pytest.raises(KeyboardInterrupt):
             publish(uri, units)
     assert not open_snapshot(uri).is_complete
+    return units
+
+
+def test_what_was_cut_off_behind_the_plan_is_finished_from_the_plan(uri, cut_off):
+    units = cut_off
     manifest = finish_staged(uri)
     assert finish_staged(uri) == publish(uri, units) == manifest
     assert len(ArchiveReader.open(uri)) == 9
+    assert verify_archive(uri).exit_code == 0
+
+
+def test_what_was_cut_off_is_no_garbage_until_it_is_published(uri, cut_off):
+    stray = stage(uri, "stray", mixed_rows())
+    report = collect_garbage(uri, options=GcOptions(grace_s=0))
+    assert {o.name for o in report.deleted} == {o.name for o in stray.objects}
+    finish_staged(uri)
+    assert verify_archive(uri).exit_code == 0
+    assert collect_garbage(uri, options=GcOptions(grace_s=0)).deleted == ()
+    assert len(ArchiveReader.open(uri)) == 9
+
+
+@pytest.mark.parametrize("kind", ["data/", "index/"])
+def test_what_was_staged_and_is_gone_is_not_published(uri, cut_off, kind):
+    (lost,) = [o.name for o in cut_off[2].objects if o.name.startswith(kind)]
+    store = open_store(uri)
+    data = store.get(lost)
+    before = store.list("commit/")
+    for damage, reason in [(store.delete, "is missing"), (lambda n: store.put(n, b""), "0 bytes")]:
+        damage(lost)
+        with pytest.raises(CorruptObjectError, match=f"{lost}.*{reason}.*nothing is published"):
+            finish_staged(uri)
+        assert store.list("commit/") == before
+        assert store.list("manifest/") == []
+    store.put(lost, data)
+    assert finish_staged(uri).version == 1
+
+
+def test_units_are_staged_and_published_where_there_are_no_hard_links(uri, no_hard_links):
+    publish(uri, [stage(uri, "a", mixed_rows(0, 5))])
+    assert finish_staged(uri).version == 1
     assert verify_archive(uri).exit_code == 0
 
 

@@ -4,7 +4,10 @@ import errno
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
+import pyarrow.fs
 import pytest
+from fsspec.implementations.arrow import ArrowFSWrapper
 
 from dicmh_ray.archive.store import (
     MemoryStore,
@@ -19,6 +22,7 @@ from dicmh_ray.errors import (
     CommitUnknownError,
     CorruptObjectError,
     MissingExtraError,
+    StoreAddressError,
 )
 from tests.archive.conftest import KEY, SECRET
 
@@ -192,6 +196,43 @@ def test_the_probe_catches_a_disk_without_hard_links(tmp_path, monkeypatch, numb
     assert list(tmp_path.rglob("*")) == [tmp_path / "scratch"]
 
 
+class LooksThenWrites(ArrowFSWrapper):
+    """A folder through fsspec's own ``pipe_file``, as HDFS is."""
+
+    protocol = "looksthenwrites"
+
+    def __init__(self, **options):
+        super().__init__(pyarrow.fs.LocalFileSystem(), **options)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.partition("://")[2] or path
+
+
+def test_the_probe_catches_a_client_that_looks_before_it_writes(tmp_path):
+    fsspec.register_implementation(LooksThenWrites.protocol, LooksThenWrites, clobber=True)
+    (tmp_path / "scratch").mkdir()
+    store = open_store(f"{LooksThenWrites.protocol}://{tmp_path}")
+    assert not probe(store)
+    with pytest.raises(NotImplementedError, match="LooksThenWrites has no conditional put"):
+        store.put_if_absent("x", b"1")
+    assert store.list("") == []
+
+
+class TestPutOnce:
+    @pytest.fixture(params=["conditional", "probed", "not probed"])
+    def store(self, request, tmp_path):
+        if request.param != "conditional":
+            request.getfixturevalue("no_hard_links")
+        return open_store(str(tmp_path), conditional=request.param != "probed")
+
+    def test_what_is_there_stays(self, store):
+        assert store.put_once("x", b"first")
+        assert not store.put_once("x", b"second")
+        assert store.put_once("x", b"first")
+        assert store.get("x") == b"first"
+
+
 def test_a_foreign_exception_becomes_a_connection_error(address):
     class Broken(Store):
         def get(self, name):
@@ -231,3 +272,10 @@ def test_a_missing_client_library_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("fsspec.get_filesystem_class", missing)
     with pytest.raises(MissingExtraError, match=r"dicmh_ray\[s3\]"):
         open_store("s3://bucket/archive")
+    with pytest.raises(StoreAddressError, match=r"gs://bucket/a cannot be opened: gs"):
+        open_store("gs://user:secret@bucket/a")
+
+
+def test_an_address_of_no_kind_of_store_is_refused_by_name():
+    with pytest.raises(StoreAddressError, match=r"foo://x cannot be opened: Protocol not known"):
+        open_store("foo://user:secret@x")

@@ -101,6 +101,10 @@ def test_a_filter_survives_pickle():
         "width := 3", "key == b'x'", "width == 1e999999j", "width == 99999999999999999999",
         "width == 3; width == 4", "'a' in prefix_bytes", "width if width else key", "...",
         "not " * 5000 + "width == 3", "(" * 3000, "x" * 20_000, "width == -'a'", "width\0 == 3",
+        "width == " + "-" * 300 + "1", "metadata" + ".a" * 3000 + " == 1 and True",
+        "width == 0x" + "f" * 9000, "width == 0x" + "f" * 9000 + " and True",
+        "key == 'a\ud800'", r"key == 'a\ud800'", r"'\ud800' in tags", r"'\ud800' in key",
+        r"metadata['\ud800'] == 1", r"metadata.x in ['\udfff']", r"key in ('\ud800',)",
     ],
 )  # fmt: skip
 def test_anything_else_is_refused(text):
