@@ -260,21 +260,24 @@ def _selected(
     failures: list[str],
 ) -> Iterator[ImageView]:
     """The named images, then the filter's others. Names that are not there go to ``failures``."""
+    named: set[int] = set()
     for key in dict.fromkeys(keys):
         try:
-            yield archive[key]
+            image = archive[key]
         except RowNotFoundError as exc:
             failures.append(str(exc))
+            continue
+        named.add(image.number)
+        yield image
     if where is None and sample is None:
         return
-    named = set(keys)
     if sample is not None:
-        chosen = archive.reader.sample(sample, seed=seed, where=where)
-        yield from archive.get_many(key for key in chosen if key not in named)
+        chosen = archive.reader.sample_rows(sample, seed=seed, where=where)
+        yield from archive.view_rows(chosen[~np.isin(chosen, list(named))])
         return
-    for view in archive.iter(where, on_error=on_error):
-        if view.key not in named:
-            yield view
+    for image in archive.iter(where, on_error=on_error):
+        if image.number not in named:
+            yield image
 
 
 def _content(
