@@ -301,6 +301,9 @@ def test_file_names_are_safe_unique_and_the_same_every_time():
         "ä",
         "a\0b",
         "con",
+        "a/b",
+        "a/b",
+        "a_b-2",
     ]
     names = [FileNames().claim(key, ".png") for key in keys]
     assert names == [FileNames().claim(key, ".png") for key in keys]

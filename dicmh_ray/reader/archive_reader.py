@@ -122,6 +122,13 @@ class ArchiveReader:
         """
         return str(self._rows_index(refuse).table(["key"])["key"][position].as_py())
 
+    def keys_of(self, rows: Numbers, *, on_error: OnError = "raise") -> list[str]:
+        """Keys of rows by their numbers, in that order; no request beyond the index."""
+        check_on_error(on_error)
+        index = self._rows_index(refuse if on_error == "raise" else self._note)
+        keys: list[str] = index.table(["key"])["key"].take(rows).to_pylist()
+        return keys
+
     def fragments(self) -> list[Fragment]:
         """The row groups of the snapshot, in scan order."""
         return self._rows_index(refuse).fragments()
@@ -275,9 +282,7 @@ class ArchiveReader:
 
         The same for the same snapshot, filter and seed, on every machine; each row at most once.
         """
-        chosen = self.sample_rows(n, seed=seed, where=where)
-        keys: list[str] = self._rows_index(refuse).table(["key"])["key"].take(chosen).to_pylist()
-        return keys
+        return self.keys_of(self.sample_rows(n, seed=seed, where=where))
 
     def sample_rows(
         self, n: int, *, seed: int, where: str | Where | None = None, on_error: OnError = "raise"
