@@ -216,6 +216,48 @@ def test_a_source_that_is_not_there_is_told_in_one_line(run, tmp_path):
     assert "error: no file matches" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        AddressError("refusing://x cannot be opened"),
+        DicmhError("a reason\n  of two lines"),
+        ImportError("Please install gcsfs to access Google Storage"),
+        ModuleNotFoundError("No module named 'gcsfs'", name="gcsfs"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("info", 1), ("ls", 1), ("verify", 2), ("history", 1), ("decode", 1), ("compress", 1)],
+)
+def test_what_cannot_be_opened_is_told_in_one_line(run, tmp_path, error, command, code):
+    class Refusing(fsspec.AbstractFileSystem):
+        def __init__(self, **_):
+            raise error
+
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    sources = write_tars(tmp_path, tars=1) if command == "compress" else []
+    rest = {"decode": ("--where", "True"), "compress": ("--runtime", "local")}.get(command, ())
+    result = run(command, *sources, "refusing://x/archive", *rest, code=code)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_a_broken_installation_keeps_its_traceback():
+    with pytest.raises(ImportError), told_in_one_line():
+        raise ImportError("cannot import name 'x' from 'y'", name="y")
+
+
+def test_pictures_are_not_written_into_a_folder_that_is_named_like_a_url(
+    run, archive, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    command = ("decode", archive, "--where", "True", "-o", "s3://bucket/out")
+    assert "--into folder" in run(*command, code=2).stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_ls_filters_selects_and_limits(run, archive):
     lines = run("ls", archive, "--columns", "key,width,tags").stdout.splitlines()
     assert lines[0] == "key\twidth\ttags"
