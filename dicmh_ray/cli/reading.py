@@ -22,6 +22,7 @@ from dicmh_ray.cli.output import (
     storage_options,
     tell,
     told_in_one_line,
+    usage_checked,
 )
 from dicmh_ray.errors import (
     BitstreamError,
@@ -98,10 +99,8 @@ def run_verify(
         decoder = None
         if decode:
             decoder = open_archive(archive, device=device, storage_options=options).codec.decode
-        try:
+        with usage_checked():
             report = verify_archive(archive, subset=subset, decode=decoder, storage_options=options)
-        except ValueError as exc:
-            raise typer.BadParameter(str(exc)) from exc
     if as_json:
         print_json(report.to_dict())
     else:
@@ -137,11 +136,9 @@ def run_ls(
         blobs = sorted(set(columns) & set(BLOBS))
         if blobs:
             raise typer.BadParameter(f"{', '.join(blobs)}: use `dicmh decode` for blobs")
-        try:
+        with usage_checked():
             rows = _rows(reader, columns, where, on_error)
             shown, has_more = _first(rows, limit)
-        except ValueError as exc:
-            raise typer.BadParameter(str(exc)) from exc
     if as_json:
         for row in shown:
             say(json.dumps(row, default=_json_bytes))
@@ -213,6 +210,9 @@ def run_decode(
     """
     if not keys and where is None and sample is None:
         tell("error: name keys, or select images with --where or --sample")
+        raise typer.Exit(EXIT_USAGE)
+    if "://" in output:
+        tell(f"error: -o {output} is no folder here; --into folder writes to any fsspec URL")
         raise typer.Exit(EXIT_USAGE)
     failures: list[str] = []
     with told_in_one_line():
