@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 from typer.testing import CliRunner
 
-from dicmh_ray.archive import open_store
+from dicmh_ray.archive import create_archive, open_store
 from dicmh_ray.cli import app
 from dicmh_ray.errors import CorruptRowError, JobError, PlanConflictError, UnreadableImageError
 from dicmh_ray.ray_plugin import compress
@@ -23,6 +23,7 @@ from dicmh_ray.reader import ArchiveReader
 from dicmh_ray.views import codecs, open_archive, read_mark
 from dicmh_ray.views.bulk import BulkOptions, plan_bulk_decode
 from dicmh_ray.views.bulk_local import decode_here
+from tests.archive.rows import CODEC_FILES, kept_row, plan_of
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
 
@@ -100,6 +101,62 @@ def test_a_folder_holds_a_file_for_each_row(archive, tmp_path):
     assert len(files) == 8
     with Image.open(files[0]) as opened:
         assert opened.size == (8, 6)
+
+
+def kept(folder, *rows):
+    """An archive of originals, one unit a row."""
+    units = [f"u{number}" for number in range(len(rows))]
+    writer = create_archive(str(folder), plan=plan_of(*units), codec_files=CODEC_FILES)
+    for unit, (key, original) in zip(units, rows, strict=True):
+        writer.commit_unit(unit, [kept_row(key, original=original)])
+    writer.finalize()
+    return str(folder)
+
+
+ORIGINALS = {"view": "original", "where": None}
+
+
+@pytest.mark.parametrize("key", ["x", "x/1"])
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves it open
+def test_rows_with_one_key_have_files_of_their_own(tmp_path, key):
+    twins = kept(tmp_path / "a", (key, b"one"), (key, b"two"), (key, b"three"))
+    finished(planned(twins, tmp_path / "f", container="folder", **ORIGINALS))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "f/000000").iterdir()}
+    assert sorted(files.values()) == [b"one", b"three", b"two"]
+    assert finished(planned(twins, tmp_path / "w", **ORIGINALS))["rows"] == 3
+    tar = str(tmp_path / "w/shard-000000.tar")
+    samples = list(webdataset.WebDataset(tar, shardshuffle=False))
+    gc.collect()  # the warnings come now, not in another test
+    assert {sample["__key__"] + ".jpeg": sample["jpeg"] for sample in samples} == files
+    assert {json.loads(sample["json"])["key"] for sample in samples} == {key}
+    result = CliRunner().invoke(
+        app, ["decode", twins, key, "--where", "True", "--view", "original", "-o", str(tmp_path)]
+    )
+    paths = [line.split("\t")[1] for line in result.stdout.splitlines()]
+    assert len(set(paths)) == 3
+
+
+def test_a_row_that_is_left_out_does_not_change_the_name_of_another(tmp_path):
+    twins = kept(tmp_path / "a", ("x/1", b"one" * 99), ("x/1", b"two" * 99))
+    finished(planned(twins, tmp_path / "whole", container="folder", **ORIGINALS))
+    for part in (tmp_path / "a/data").iterdir():
+        part.write_bytes(part.read_bytes().replace(b"one", b"eno"))
+    options = {**ORIGINALS, "container": "folder", "on_error": "skip"}
+    assert finished(planned(twins, tmp_path / "left", **options))["rows"] == 1
+    (left,) = (tmp_path / "left/000000").iterdir()
+    assert left.read_bytes() == (tmp_path / "whole/000000" / left.name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves it open
+def test_keys_of_any_length_fit_into_a_tar(tmp_path):
+    keys = ["k" * 95, "k" * 97, "train-000/" + "n" * 82, "long/" * 200]
+    archive = kept(tmp_path / "a", *((key, key.encode()) for key in keys))
+    finished(planned(archive, tmp_path / "out", shard_rows=4, **ORIGINALS))
+    tar = str(tmp_path / "out/shard-000000.tar")
+    samples = list(webdataset.WebDataset(tar, shardshuffle=False))
+    gc.collect()  # the warnings come now, not in another test
+    assert [json.loads(sample["json"])["key"] for sample in samples] == keys
+    assert [sample["jpeg"].decode() for sample in samples] == keys
 
 
 def test_a_job_that_died_goes_on_and_repeats_nothing(archive, tmp_path):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,14 +13,19 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dicmh_ray.cli import app
+from dicmh_ray.cli.output import told_in_one_line
 from dicmh_ray.cli.progress import JobDisplay, time_text
-from dicmh_ray.errors import FailureBudgetError
+from dicmh_ray.errors import DicmhError, FailureBudgetError
 from dicmh_ray.pipeline import Checkpoint, JobReport
 from dicmh_ray.pipeline import monitor as monitor_module
 from dicmh_ray.views import codecs
 from dicmh_ray.views.names import FileNames
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar, write_tars
+
+
+class AddressError(DicmhError, ValueError):
+    """One of those that are ValueErrors, too."""
 
 
 @pytest.fixture
@@ -110,6 +116,55 @@ def test_a_dry_run_foresees_size_time_and_money(run, tmp_path):
     assert not (tmp_path / "a").exists()
     run("compress", *tars, tmp_path / "a", "--runtime", "local")
     assert "no image to look at" in run(*command).stderr
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--states", 1), ("--tag-field", "cls", "--max-bytes", 9000)]
+)
+def test_a_dry_run_counts_what_the_job_would_not_do_again(run, tmp_path, options):
+    tars, archive = write_tars(tmp_path), tmp_path / "a"
+    job = ("compress", *tars, archive, *options)
+    real = (*job, "--runtime", "local", "--json")
+
+    def committed():
+        return json.loads(run(*job, "--dry-run", "--sample", 0, "--json").stdout)["committed"]
+
+    run(*real)
+    assert committed() == 3
+    run("compact", archive)
+    run("gc", archive, "--keep-days", 0, "--keep-versions", 1)
+    assert committed() == 3
+    assert json.loads(run(*real).stdout)["units_resumed"] == 3
+
+
+def test_a_dry_run_counts_the_units_of_an_unfinished_job(run, tmp_path):
+    tars, archive = write_tars(tmp_path), tmp_path / "a"
+    dry = ("--dry-run", "--sample", 0)
+    run("compress", *tars[:2], archive, "--runtime", "local")
+    added = ("compress", *tars, archive, "--append")
+    assert "1 units, " in run(*added, *dry).stdout
+    run(*added, "--runtime", "local")
+    (archive / "manifest" / "000002.json").unlink()  # as if it had been killed before that
+    assert "; 1 are committed already" in run(*added, *dry).stdout
+    (archive / "manifest" / "000001.json").unlink()
+    next((archive / "commit").glob("*.json")).unlink()
+    assert "; 1 are committed already" in run("compress", *tars[:2], archive, *dry).stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(2, ()), (3, ("--states", 1)), (3, ("--no-resume",)), (4, ("--append", "--no-resume"))],
+)
+def test_a_dry_run_is_refused_where_the_job_would_be(run, tmp_path, number, options):
+    tars, archive = write_tars(tmp_path, tars=4), tmp_path / "a"
+    run("compress", *tars[:3], archive, "--runtime", "local")
+    if "--append" in options:
+        run("compress", *tars, archive, "--append", "--runtime", "local")
+        (archive / "manifest" / "000002.json").unlink()
+    job = ("compress", *tars[:number], archive, *options)
+    told = run(*job, "--dry-run", code=1).stderr
+    assert told.startswith("error: ")
+    assert told == run(*job, "--runtime", "local", code=1).stderr
 
 
 def test_max_bytes_limits_the_streams_of_a_job(run, tmp_path):
@@ -216,6 +271,48 @@ def test_a_source_that_is_not_there_is_told_in_one_line(run, tmp_path):
     assert "error: no file matches" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        AddressError("refusing://x cannot be opened"),
+        DicmhError("a reason\n  of two lines"),
+        ImportError("Please install gcsfs to access Google Storage"),
+        ModuleNotFoundError("No module named 'gcsfs'", name="gcsfs"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("info", 1), ("ls", 1), ("verify", 2), ("history", 1), ("decode", 1), ("compress", 1)],
+)
+def test_what_cannot_be_opened_is_told_in_one_line(run, tmp_path, error, command, code):
+    class Refusing(fsspec.AbstractFileSystem):
+        def __init__(self, **_):
+            raise error
+
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    sources = write_tars(tmp_path, tars=1) if command == "compress" else []
+    rest = {"decode": ("--where", "True"), "compress": ("--runtime", "local")}.get(command, ())
+    result = run(command, *sources, "refusing://x/archive", *rest, code=code)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_a_broken_installation_keeps_its_traceback():
+    with pytest.raises(ImportError), told_in_one_line():
+        raise ImportError("cannot import name 'x' from 'y'", name="y")
+
+
+def test_pictures_are_not_written_into_a_folder_that_is_named_like_a_url(
+    run, archive, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    command = ("decode", archive, "--where", "True", "-o", "s3://bucket/out")
+    assert "--into folder" in run(*command, code=2).stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_ls_filters_selects_and_limits(run, archive):
     lines = run("ls", archive, "--columns", "key,width,tags").stdout.splitlines()
     assert lines[0] == "key\twidth\ttags"
@@ -301,6 +398,9 @@ def test_file_names_are_safe_unique_and_the_same_every_time():
         "ä",
         "a\0b",
         "con",
+        "a/b",
+        "a/b",
+        "a_b-2",
     ]
     names = [FileNames().claim(key, ".png") for key in keys]
     assert names == [FileNames().claim(key, ".png") for key in keys]

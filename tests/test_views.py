@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dicmh_ray.archive import EncodedImage, open_store
+from dicmh_ray.archive import EncodedImage, create_archive, open_store
 from dicmh_ray.errors import (
     ArchiveNotFoundError,
     BitstreamError,
@@ -23,6 +23,7 @@ from dicmh_ray.ray_plugin import compress
 from dicmh_ray.source import SourceOptions
 from dicmh_ray.views import codecs, decode_views, open_archive, picture_of, read_mark
 from dicmh_ray.views.pictures import reduced
+from tests.archive.rows import CODEC_FILES, kept_row, ok_row, plan_of
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
 
@@ -87,6 +88,60 @@ def test_fewer_states_give_a_coarser_picture_from_fewer_bytes(archive):
 def test_a_latent_is_float16_with_channels_first(archive):
     latent = archive["a"].latent()
     assert (latent.dtype, latent.shape) == (np.float16, (3, 24, 32))
+
+
+@pytest.fixture
+def twins(tmp_path):
+    """Rows of five units; the first four have one key."""
+    rows = [
+        ok_row("x", tags=("cat",), size=40, psnr=31.0),
+        kept_row("x", tags=("cat",), original=b"second"),
+        ok_row("x", tags=("dog",), size=50, psnr=33.0),
+        kept_row("x", tags=("dog",), original=b"fourth"),
+        kept_row("y", original=b"fifth"),
+    ]
+    units = [f"u{number}" for number in range(len(rows))]
+    uri = str(tmp_path / "twins")
+    writer = create_archive(uri, plan=plan_of(*units), codec_files=CODEC_FILES)
+    for unit, row in zip(units, rows, strict=True):
+        writer.commit_unit(unit, [row])
+    writer.finalize()
+    return open_archive(uri, codec=FakeCodec()), rows
+
+
+def content(view):
+    """What has to be read of a view, all of it lazily."""
+    stream = view.bitstream() if view.num_states else b""
+    return view.row.psnr, view.tags, stream, view.original
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda archive: archive,
+        lambda archive: archive.take(5),
+        lambda archive: [archive[number - 5] for number in range(5)],
+        lambda archive: sorted(archive.iter(shuffle=1), key=lambda view: view.number),
+        lambda archive: [pickle.loads(pickle.dumps(view)) for view in archive],
+        lambda archive: archive.view_rows(archive.reader.sample_rows(5, seed=0)),
+    ],
+    ids=["loop", "take", "position", "shuffled", "pickled", "sample"],
+)
+def test_rows_with_one_key_are_each_themselves(twins, views):
+    archive, rows = twins
+    assert [content(view) for view in views(archive)] == [
+        (row.psnr, row.tags, row.base + row.detail, row.original) for row in rows
+    ]
+
+
+def test_of_rows_with_one_key_the_key_means_the_first_and_a_filter_those_that_match(twins):
+    archive, rows = twins
+    assert content(archive["x"])[2] == rows[0].base + rows[0].detail
+    assert [view.number for view in archive.get_many(["y", "x"])] == [4, 0]
+    dogs = archive.views("'dog' in tags and source_offset is None")
+    assert [view.original for view in dogs] == [b"fourth"]
+    held = archive.iter("status == 'kept_original'", view="original", batch_size=2)
+    assert [view.original for view in held] == [b"second", b"fourth", b"fifth"]
 
 
 @pytest.mark.parametrize("states", [0, -1, 4])

@@ -1,12 +1,13 @@
 """Body of ``dicmh compress --dry-run``: the units, and what a sample of their images says."""
 
-import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
-from dicmh_ray.archive import Snapshot, open_snapshot
+from dicmh_ray.archive import ArchiveWriter, Plan, Snapshot, open_snapshot, open_store
+from dicmh_ray.archive.append import AppendWriter
+from dicmh_ray.archive.plan import PLAN_NAME
 from dicmh_ray.cli.compress_arguments import CompressArguments
 from dicmh_ray.cli.output import (
     bytes_text,
@@ -21,13 +22,22 @@ from dicmh_ray.cli.output import (
 )
 from dicmh_ray.codec import DEFAULT_CHECKPOINT
 from dicmh_ray.codec.image_taggers import TaggerSpec, load_image_tagger
-from dicmh_ray.errors import ArchiveNotFoundError
-from dicmh_ray.pipeline import EncodeOptions, EncodePolicy
+from dicmh_ray.errors import AppendError, JobError, PlanConflictError
+from dicmh_ray.pipeline import Checkpoint, EncodeOptions, EncodePolicy
 from dicmh_ray.pipeline.forecast import GB, Forecast, ForecastOptions, Outcome, Range, forecast
 from dicmh_ray.pipeline.job import choose_checkpoint, plan_append
 from dicmh_ray.source import SourceOptions, Unit, plan_units
 
 UNITS_SHOWN = 20
+
+
+class _Planned(NamedTuple):
+    """What a job would begin with."""
+
+    checkpoint: Checkpoint
+    units: list[Unit]
+    committed: set[str]
+    """Names of the units that are done."""
 
 
 def run_dry(
@@ -52,11 +62,13 @@ def run_dry(
                 price_per_gb_month=arguments.price_per_gb_month,
             )
     with told_in_one_line():
-        base, units, committed = _plan(arguments, source_options)
+        if tagger is not None:
+            tagger = tagger.pinned()
+        checkpoint, units, committed = _plan(arguments, policy, source_options, tagger)
         found = None
         if options is not None:
             todo = [unit for unit in units if unit.name not in committed]
-            found = _forecast(arguments, policy, source_options, tagger, base, todo, options)
+            found = _forecast(arguments, policy, source_options, tagger, checkpoint, todo, options)
     total = sum(unit.num_bytes for unit in units)
     if as_json:
         plan: dict[str, Any] = {
@@ -73,19 +85,64 @@ def run_dry(
 
 
 def _plan(
-    arguments: CompressArguments, source_options: SourceOptions
-) -> tuple[Snapshot | None, list[Unit], set[str]]:
-    """The archive to add to, the units of the job, and the names of those that are done."""
+    arguments: CompressArguments,
+    policy: EncodePolicy,
+    source_options: SourceOptions,
+    tagger: TaggerSpec | None,
+) -> _Planned:
+    """As :func:`~dicmh_ray.pipeline.job.plan_job`, which would write, and refused as it would be."""
     remote = storage_options(arguments.storage_options, arguments.archive)
-    if arguments.append:
-        base = open_snapshot(arguments.archive, storage_options=remote)
-        return base, plan_append(arguments.sources, base, source_options), set()
-    units = plan_units(arguments.sources, options=source_options)
-    committed: set[str] = set()
-    with contextlib.suppress(ArchiveNotFoundError):
-        snapshot = open_snapshot(arguments.archive, storage_options=remote)
-        committed = {commit.unit for commit in snapshot.commits}
-    return None, units, committed
+    base = open_snapshot(arguments.archive, storage_options=remote) if arguments.append else None
+    checkpoint = choose_checkpoint(arguments.checkpoint or DEFAULT_CHECKPOINT, base)
+    if base is None:
+        units = plan_units(arguments.sources, options=source_options)
+    else:
+        units = plan_append(arguments.sources, base, source_options)
+    parameters: dict[str, Any] = {"policy": policy.to_dict(), "source": source_options.to_dict()}
+    if policy.suggest_tags and checkpoint.factory is None:
+        parameters["tagger_sha256"] = checkpoint.tagger_sha256()
+    if tagger is not None:
+        parameters["tagger"] = tagger.identity()
+    plan = Plan(
+        units=[unit.to_dict() for unit in units],
+        codec_id=checkpoint.codec_id,
+        parameters=parameters,
+    )
+    if base is None:
+        committed = _committed(arguments.archive, plan, remote)
+    else:
+        committed = _committed_later(base, plan)
+    if committed and not arguments.resume:
+        raise JobError(
+            f"{arguments.archive} already holds {len(committed)} of {len(units)} units: "
+            "resume it, or choose another address"
+        )
+    return _Planned(checkpoint, units, committed)
+
+
+def _committed(archive: str, plan: Plan, remote: Mapping[str, Any]) -> set[str]:
+    """Units of an archive's first job that are done. Raises PlanConflictError for another's."""
+    store = open_store(archive, remote)
+    try:
+        found = Plan.from_bytes(store.get(PLAN_NAME))
+    except FileNotFoundError:
+        return set()
+    if found.plan_id != plan.plan_id:
+        raise PlanConflictError(store.uri, plan.plan_id, found.plan_id)
+    return ArchiveWriter(store, plan).committed_units()
+
+
+def _committed_later(base: Snapshot, plan: Plan) -> set[str]:
+    """Units of an append that are done. Raises AppendError where the codec is another one."""
+    if not plan.units:
+        return set()
+    if plan.codec_id != base.codec_id:
+        raise AppendError(
+            base.uri,
+            f"it was written with codec {base.codec_id[:16]}, this job has "
+            f"{plan.codec_id[:16]}; an archive has one codec",
+        )
+    return AppendWriter(base.store, plan).committed_units()
 
 
 def _forecast(
@@ -93,7 +150,7 @@ def _forecast(
     policy: EncodePolicy,
     source_options: SourceOptions,
     tagger: TaggerSpec | None,
-    base: Snapshot | None,
+    checkpoint: Checkpoint,
     units: Sequence[Unit],
     options: ForecastOptions,
 ) -> Forecast | None:
@@ -101,7 +158,6 @@ def _forecast(
     if threads is None and arguments.runtime == "ray":
         threads = 1  # as workers on CPUs have it
     encode_options = EncodeOptions(device=arguments.device, threads=threads)
-    checkpoint = choose_checkpoint(arguments.checkpoint or DEFAULT_CHECKPOINT, base)
     found = None
     if units:
         tell(f"encoding a sample of {options.sample} images ...")
@@ -112,9 +168,7 @@ def _forecast(
             options=options,
             source_options=source_options,
             encode_options=encode_options,
-            tagger=None
-            if tagger is None
-            else load_image_tagger(tagger.pinned(), device=arguments.device),
+            tagger=None if tagger is None else load_image_tagger(tagger, device=arguments.device),
             checkpoint_bytes=sum(map(len, checkpoint.files.values())),
         )
     if found is None:

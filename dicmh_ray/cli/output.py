@@ -27,27 +27,39 @@ def tell(line: str) -> None:
     typer.echo(line, err=True)
 
 
+def tell_error(exc: Exception) -> None:
+    """What went wrong, in a line: reasons may quote libraries that write paragraphs."""
+    tell(f"error: {' '.join(str(exc).split())}")
+
+
 @contextmanager
 def told_in_one_line(*, error_code: int = EXIT_ERROR) -> Iterator[None]:
     """End the program with a line and an exit code when something expected goes wrong.
 
     With ``--verbose`` the traceback is logged. Anything unexpected passes: its traceback is the
-    most useful thing there is.
+    most useful thing there is. So does an ImportError that names a module which is there.
     """
     try:
         yield
     except FailureBudgetError as exc:
-        tell(f"error: {exc}")
+        tell_error(exc)
         raise typer.Exit(EXIT_FAILURES) from exc
     except JobStoppedError as exc:
         tell(str(exc))
         raise typer.Exit(EXIT_STOPPED) from exc
     except (DicmhError, OSError) as exc:
         _log.info("traceback", exc_info=exc)
-        tell(f"error: {exc}")
+        tell_error(exc)
         raise typer.Exit(error_code) from exc
     except ModuleNotFoundError as exc:
         tell(f"error: {exc.name} is not installed; see the extras of dicmh_ray")
+        raise typer.Exit(error_code) from exc
+    except ImportError as exc:
+        if exc.name is not None:
+            raise
+        # A library's own sentence about what it wants installed; fsspec's about its back ends.
+        _log.info("traceback", exc_info=exc)
+        tell_error(exc)
         raise typer.Exit(error_code) from exc
     except KeyboardInterrupt as exc:
         tell("interrupted")
@@ -56,9 +68,14 @@ def told_in_one_line(*, error_code: int = EXIT_ERROR) -> Iterator[None]:
 
 @contextmanager
 def usage_checked() -> Iterator[None]:
-    """Turn the ValueError of an option's class into a usage error."""
+    """Turn the ValueError of an option's class into a usage error.
+
+    Our own errors pass, those that are ValueErrors too: they are about the world, not the usage.
+    """
     try:
         yield
+    except DicmhError:
+        raise
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from exc
 

@@ -22,6 +22,7 @@ from dicmh_ray.cli.output import (
     storage_options,
     tell,
     told_in_one_line,
+    usage_checked,
 )
 from dicmh_ray.errors import (
     BitstreamError,
@@ -98,10 +99,8 @@ def run_verify(
         decoder = None
         if decode:
             decoder = open_archive(archive, device=device, storage_options=options).codec.decode
-        try:
+        with usage_checked():
             report = verify_archive(archive, subset=subset, decode=decoder, storage_options=options)
-        except ValueError as exc:
-            raise typer.BadParameter(str(exc)) from exc
     if as_json:
         print_json(report.to_dict())
     else:
@@ -137,11 +136,9 @@ def run_ls(
         blobs = sorted(set(columns) & set(BLOBS))
         if blobs:
             raise typer.BadParameter(f"{', '.join(blobs)}: use `dicmh decode` for blobs")
-        try:
+        with usage_checked():
             rows = _rows(reader, columns, where, on_error)
             shown, has_more = _first(rows, limit)
-        except ValueError as exc:
-            raise typer.BadParameter(str(exc)) from exc
     if as_json:
         for row in shown:
             say(json.dumps(row, default=_json_bytes))
@@ -214,6 +211,9 @@ def run_decode(
     if not keys and where is None and sample is None:
         tell("error: name keys, or select images with --where or --sample")
         raise typer.Exit(EXIT_USAGE)
+    if "://" in output:
+        tell(f"error: -o {output} is no folder here; --into folder writes to any fsspec URL")
+        raise typer.Exit(EXIT_USAGE)
     failures: list[str] = []
     with told_in_one_line():
         options = storage_options(storage, archive)
@@ -260,21 +260,24 @@ def _selected(
     failures: list[str],
 ) -> Iterator[ImageView]:
     """The named images, then the filter's others. Names that are not there go to ``failures``."""
+    named: set[int] = set()
     for key in dict.fromkeys(keys):
         try:
-            yield archive[key]
+            image = archive[key]
         except RowNotFoundError as exc:
             failures.append(str(exc))
+            continue
+        named.add(image.number)
+        yield image
     if where is None and sample is None:
         return
-    named = set(keys)
     if sample is not None:
-        chosen = archive.reader.sample(sample, seed=seed, where=where)
-        yield from archive.get_many(key for key in chosen if key not in named)
+        chosen = archive.reader.sample_rows(sample, seed=seed, where=where)
+        yield from archive.view_rows(chosen[~np.isin(chosen, list(named))])
         return
-    for view in archive.iter(where, on_error=on_error):
-        if view.key not in named:
-            yield view
+    for image in archive.iter(where, on_error=on_error):
+        if image.number not in named:
+            yield image
 
 
 def _content(

@@ -54,6 +54,14 @@ class _Query(NamedTuple):
     states: int | None
 
 
+class _Scanned(NamedTuple):
+    """What a scan found in one row group."""
+
+    rows: Numbers
+    """Their numbers."""
+    batch: pa.RecordBatch
+
+
 class ArchiveReader:
     """One snapshot, for any number of scans and point reads. Thread-safe; pickles small."""
 
@@ -114,6 +122,13 @@ class ArchiveReader:
         """
         return str(self._rows_index(refuse).table(["key"])["key"][position].as_py())
 
+    def keys_of(self, rows: Numbers, *, on_error: OnError = "raise") -> list[str]:
+        """Keys of rows by their numbers, in that order; no request beyond the index."""
+        check_on_error(on_error)
+        index = self._rows_index(refuse if on_error == "raise" else self._note)
+        keys: list[str] = index.table(["key"])["key"].take(rows).to_pylist()
+        return keys
+
     def fragments(self) -> list[Fragment]:
         """The row groups of the snapshot, in scan order."""
         return self._rows_index(refuse).fragments()
@@ -150,7 +165,8 @@ class ArchiveReader:
         condition = parse_where(where) if isinstance(where, str) else where
         _check_states(states)
         check_on_error(on_error)
-        yield from self._scan(wanted, condition, states, fragments, on_error)
+        for found in self._scan(wanted, condition, states, fragments, on_error):
+            yield found.batch
 
     def scan_fragment(
         self,
@@ -174,8 +190,24 @@ class ArchiveReader:
         on_error: OnError = "raise",
     ) -> Iterator[EncodedImage]:
         """The matching rows with every small column, and those blobs that are named."""
-        for batch in self.scan([*SMALL_COLUMNS, *blobs], where, states, on_error=on_error):
-            yield from from_batch(batch)
+        for _, row in self.numbered(where, blobs=blobs, states=states, on_error=on_error):
+            yield row
+
+    def numbered(
+        self,
+        where: str | Where | None = None,
+        *,
+        blobs: Iterable[str] = (),
+        states: int | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[tuple[int, EncodedImage]]:
+        """As :meth:`rows`, each with its number: what tells two rows with one key apart."""
+        wanted = _check_columns([*SMALL_COLUMNS, *blobs])
+        condition = parse_where(where) if isinstance(where, str) else where
+        _check_states(states)
+        check_on_error(on_error)
+        for rows, batch in self._scan(wanted, condition, states, None, on_error):
+            yield from zip(rows.tolist(), from_batch(batch), strict=True)
 
     def get(
         self,
@@ -204,8 +236,8 @@ class ArchiveReader:
             CorruptRowError: the row fails its checksum.
             CorruptObjectError: a part or index is missing or damaged.
         """
-        (row,) = self._get([key], tuple(blobs), states, columns, POINT_GAP_BYTES, "raise")
-        return row
+        (number,) = self.find([key]).tolist()
+        return self.read_row(number, blobs=blobs, states=states, columns=columns)
 
     def get_many(
         self,
@@ -221,7 +253,21 @@ class ArchiveReader:
         Ranges that lie close together share a request, and row groups are read at once.
         With ``on_error="skip"`` damaged rows are left out and noted; an unknown key still raises.
         """
-        return self._get(list(keys), tuple(blobs), states, columns, SCAN_GAP_BYTES, on_error)
+        rows = self.find(keys, on_error=on_error)
+        found = self.read_rows(rows, blobs, states, columns, on_error=on_error)
+        return [row for _, row in found]
+
+    def find(self, keys: Iterable[str], *, on_error: OnError = "raise") -> Numbers:
+        """Numbers of the rows with these keys, int64 ``[n]``, in the order of the keys.
+
+        Of two rows with one key it is the first in scan order. No request beyond the index.
+
+        Raises:
+            RowNotFoundError: no row has a key.
+        """
+        check_on_error(on_error)
+        index = self._rows_index(refuse if on_error == "raise" else self._note)
+        return np.array(index.find(list(keys)), np.int64)
 
     def bitstream(self, key: str, states: int | None = None) -> bytes:
         """The first ``states`` states of a row's bitstream; ``b""`` for a row without one.
@@ -236,9 +282,7 @@ class ArchiveReader:
 
         The same for the same snapshot, filter and seed, on every machine; each row at most once.
         """
-        chosen = self.sample_rows(n, seed=seed, where=where)
-        keys: list[str] = self._rows_index(refuse).table(["key"])["key"].take(chosen).to_pylist()
-        return keys
+        return self.keys_of(self.sample_rows(n, seed=seed, where=where))
 
     def sample_rows(
         self, n: int, *, seed: int, where: str | Where | None = None, on_error: OnError = "raise"
@@ -306,6 +350,19 @@ class ArchiveReader:
             if small is not None:
                 kept.append(group.start + members[rest.test(small)])
         return np.concatenate([np.zeros(0, np.int64), *kept])
+
+    def read_row(
+        self,
+        number: int,
+        *,
+        blobs: Iterable[str] = BLOBS,
+        states: int | None = None,
+        columns: Literal["all", "index"] = "all",
+    ) -> EncodedImage:
+        """One row by its number; arguments, costs and damage as :meth:`get`."""
+        rows = np.array([number], np.int64)
+        ((_, row),) = self.read_rows(rows, blobs, states, columns, max_gap=POINT_GAP_BYTES)
+        return row
 
     def read_rows(
         self,
@@ -375,21 +432,6 @@ class ArchiveReader:
                 runs.append(FragmentRows(fragments[number], tuple(members.tolist())))
         return runs
 
-    def _get(
-        self,
-        keys: list[str],
-        blobs: tuple[str, ...],
-        states: int | None,
-        columns: Literal["all", "index"],
-        max_gap: int,
-        on_error: OnError,
-    ) -> list[EncodedImage]:
-        _check_blobs(blobs, columns)
-        index = self._rows_index(refuse if on_error == "raise" else self._note)
-        rows = np.array(index.find(keys), np.int64)
-        found = self.read_rows(rows, blobs, states, columns, on_error=on_error, max_gap=max_gap)
-        return [row for _, row in found]
-
     def _scan(
         self,
         wanted: list[str],
@@ -397,7 +439,7 @@ class ArchiveReader:
         states: int | None,
         fragments: Sequence[Fragment] | None,
         on_error: OnError,
-    ) -> Iterator[pa.RecordBatch]:
+    ) -> Iterator[_Scanned]:
         sink = refuse if on_error == "raise" else self._note
         index = self._rows_index(sink)
         cheap, rest = (None, None) if where is None else where.split(INDEX_FACTS)
@@ -417,20 +459,20 @@ class ArchiveReader:
 
         def read(
             task: tuple[RowGroup, Numbers],
-        ) -> tuple[pa.RecordBatch | None, list[tuple[ArchiveError, ReadFault]]]:
+        ) -> tuple[_Scanned | None, list[tuple[ArchiveError, ReadFault]]]:
             faults: list[tuple[ArchiveError, ReadFault]] = []
             note = refuse if on_error == "raise" else _collector(faults)
             return self._scan_group(task[0], task[1], query, note), faults
 
-        for batch, faults in _read_ahead(read, tasks):
+        for found, faults in _read_ahead(read, tasks):
             for exc, fault in faults:
                 self._note(exc, fault)
-            if batch is not None:
-                yield batch
+            if found is not None:
+                yield found
 
     def _scan_group(
         self, group: RowGroup, members: Numbers, query: _Query, sink: FaultSink
-    ) -> pa.RecordBatch | None:
+    ) -> _Scanned | None:
         blobs = frozenset(query.columns) & frozenset(BLOBS)
         needed = set(query.columns) - blobs
         if query.rest is not None:
@@ -446,12 +488,14 @@ class ArchiveReader:
             if not kept.any():
                 return None
             small, members = small.filter(pa.array(kept)), members[kept]
+        small = small.append_column("_number", pa.array(group.start + members))
         table = self._with_blobs(group, members, small, blobs, query.states, SCAN_GAP_BYTES, sink)
         if not len(table):
             return None
         schema = pa.schema([ARROW_SCHEMA.field(name) for name in query.columns])
         arrays = [pa.concat_arrays(table[name].chunks) for name in query.columns]
-        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+        batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+        return _Scanned(table["_number"].to_numpy(), batch)
 
     def _with_blobs(
         self,

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from dicmh_ray.archive import Snapshot, open_snapshot
+import numpy as np
+
+from dicmh_ray.archive import EncodedImage, Snapshot, open_snapshot
 from dicmh_ray.archive.range_cache import DEFAULT_CACHE_BYTES, RangeCache
 from dicmh_ray.codec import ImageCodec
 from dicmh_ray.errors import CodecMismatchError, DicmhError
 from dicmh_ray.reader import ArchiveReader, OnError, ReadFault, ReadOrder
+from dicmh_ray.reader.index import Numbers
 from dicmh_ray.views.codecs import codec_of
 from dicmh_ray.views.decode import blobs_for, check_view, decode_views, error_of, states_for
 from dicmh_ray.views.image import ImageView
@@ -104,12 +107,14 @@ class Archive:
     def __getitem__(self, key: str | int) -> ImageView:
         """The image with a key, or at a position; no request beyond the index.
 
+        Of two images with one key it is the first in storage order.
+
         Raises:
             RowNotFoundError: no row has this key; it is a KeyError.
             IndexError: the position is beyond the end.
         """
         if isinstance(key, int):
-            key = self.reader.key_at(key)
+            return self.view_rows(np.array([range(len(self))[key]], np.int64))[0]
         return self.get_many([key])[0]
 
     def __contains__(self, key: object) -> bool:
@@ -131,8 +136,8 @@ class Archive:
         Raises:
             WhereError: the filter cannot be understood.
         """
-        for row in self.reader.rows(where=where, blobs=()):
-            yield ImageView(self, row)
+        for number, row in self.reader.numbered(where):
+            yield ImageView(self, row, number)
 
     def take(self, n: int, where: str | None = None) -> list[ImageView]:
         """The first ``n`` images that a filter selects."""
@@ -144,8 +149,15 @@ class Archive:
         Raises:
             RowNotFoundError: no row has a key.
         """
-        rows = self.reader.get_many(keys, blobs=(), columns="index")
-        return [ImageView(self, row, is_whole=False) for row in rows]
+        return self.view_rows(self.reader.find(keys))
+
+    def view_rows(self, rows: Numbers) -> list[ImageView]:
+        """Images by the numbers of their rows, in that order; no request beyond the index."""
+        found = self.reader.read_rows(rows, (), columns="index")
+        return [
+            ImageView(self, row, number, is_whole=False)
+            for number, (_, row) in zip(rows.tolist(), found, strict=True)
+        ]
 
     def iter(
         self,
@@ -241,7 +253,7 @@ class ViewIterator(Iterator[ImageView]):
     def _images(self) -> Iterator[tuple[int, ImageView]]:
         if self._view is None:
             for done, row in self.order.numbered((), on_error=self._on_error):
-                yield done, ImageView(self._archive, row)
+                yield done, self._view_of(row, done)
             return
         rows = self.order.numbered(
             blobs_for(self._view),
@@ -265,9 +277,12 @@ class ViewIterator(Iterator[ImageView]):
             if error is not None:
                 self._note(row.key, error)
                 continue
-            image = ImageView(self._archive, row)
+            image = self._view_of(row, done)
             image.hold(view, self._states, result)
             yield done, image
+
+    def _view_of(self, row: EncodedImage, done: int) -> ImageView:
+        return ImageView(self._archive, row, int(self.order.rows[done - 1]))
 
     def _note(self, key: str, error: DicmhError) -> None:
         self._archive.reader.faults.append(ReadFault.of_picture(key, error))

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -136,6 +136,16 @@ class ShardRecord:
     """Rows left out, and why: fields of :class:`~dicmh_ray.reader.ReadFault`."""
 
 
+class _File(NamedTuple):
+    """A row of a shard, decoded and encoded."""
+
+    row: EncodedImage
+    stem: str
+    """Name of its file, before the suffix; unique in the shard."""
+    suffix: str
+    data: bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class BulkDecode:
     """A job, planned. Pickles: a worker needs nothing else to run a shard."""
@@ -249,9 +259,13 @@ class BulkDecode:
 
     def _files(
         self, rows: Numbers, codec: ImageCodec | None, faults: list[ReadFault]
-    ) -> Iterator[tuple[EncodedImage, str, bytes]]:
-        """Rows of a shard with suffix and content of each one's file."""
+    ) -> Iterator[_File]:
+        """The rows of a shard as files."""
         options = self.options
+        # Also of rows that will be left out: damage must not change the names of the others.
+        keys = self._reader.keys_of(rows, on_error=options.on_error)
+        names = FileNames(dots=options.container != "webdataset")
+        stems = [names.claim(key, "") for key in keys]
         for start in range(0, len(rows), BATCH_ROWS):
             batch = self._reader.read_rows(
                 rows[start : start + BATCH_ROWS],
@@ -268,12 +282,12 @@ class BulkDecode:
                 max_side=options.max_side,
                 on_error="raise" if options.on_error == "raise" else "return",
             )
-            for (_, row), result in zip(batch, results, strict=True):
+            for (place, row), result in zip(batch, results, strict=True):
                 error = error_of(result)
                 if error is not None:
                     faults.append(ReadFault.of_picture(row.key, error))
                     continue
-                yield (row, *self._file_of(row, result))
+                yield _File(row, stems[start + place], *self._file_of(row, result))
 
     def _file_of(self, row: EncodedImage, result: Any) -> tuple[str, bytes]:
         if self.options.view == "original":
@@ -285,7 +299,7 @@ class BulkDecode:
         save_picture(buffer, result, mark_of(row, self.options.view), format=self.options.format)
         return f".{self.options.format}", buffer.getvalue()
 
-    def _put(self, shard: int, files: Sequence[tuple[EncodedImage, str, bytes]]) -> tuple[int, str]:
+    def _put(self, shard: int, files: Sequence[_File]) -> tuple[int, str]:
         """Store a shard; bytes and digest of what is stored."""
         if self.options.container == "folder":
             return self._put_files(shard, files)
@@ -298,23 +312,19 @@ class BulkDecode:
             data = self._store.get(name)
         return len(data), hashlib.sha256(data).hexdigest()
 
-    def _put_files(
-        self, shard: int, files: Sequence[tuple[EncodedImage, str, bytes]]
-    ) -> tuple[int, str]:
-        names = FileNames()
+    def _put_files(self, shard: int, files: Sequence[_File]) -> tuple[int, str]:
         hashed = hashlib.sha256()
-        for row, suffix, data in files:
-            name = names.claim(row.key, suffix)
+        for _, stem, suffix, data in files:
+            name = stem + suffix
             self._store.put(f"{shard:06d}/{name}", data)
             hashed.update(f"{hashlib.sha256(data).hexdigest()} {name}\n".encode())
-        return sum(len(data) for _, _, data in files), hashed.hexdigest()
+        return sum(len(file.data) for file in files), hashed.hexdigest()
 
-    def _tar(self, files: Sequence[tuple[EncodedImage, str, bytes]]) -> bytes:
-        names = FileNames(dots=False)
+    def _tar(self, files: Sequence[_File]) -> bytes:
         buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for row, suffix, data in files:
-                stem = names.claim(row.key, "")
+        # The format of POSIX 2001 is the plain one but for names of more than 100 bytes.
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for row, stem, suffix, data in files:
                 for name, content in ((stem + suffix, data), (f"{stem}.json", self._facts(row))):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
@@ -336,7 +346,7 @@ class BulkDecode:
             }
         )
 
-    def _parquet(self, files: Sequence[tuple[EncodedImage, str, bytes]]) -> bytes:
+    def _parquet(self, files: Sequence[_File]) -> bytes:
         records = [
             {
                 "key": row.key,
@@ -349,7 +359,7 @@ class BulkDecode:
                 "format": suffix.removeprefix("."),
                 "data": data,
             }
-            for row, suffix, data in files
+            for row, _, suffix, data in files
         ]
         sink = pa.BufferOutputStream()
         compression = {name: "NONE" if name == "data" else "ZSTD" for name in _PARQUET_SCHEMA.names}

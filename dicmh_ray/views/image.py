@@ -29,13 +29,19 @@ class ImageView:
     needed, and only as far as the states asked for.
     """
 
-    def __init__(self, archive: "Archive", row: EncodedImage, *, is_whole: bool = True) -> None:
+    def __init__(
+        self, archive: "Archive", row: EncodedImage, number: int, *, is_whole: bool = True
+    ) -> None:
         """
         Args:
             archive: it belongs to.
             row: with or without blobs.
+            number: of the row.
             is_whole: whether the row has every small column, not only those of the index.
         """
+        self.number = number
+        """Place of the row in storage order, from 0: what is read later is read by it, since two
+        rows may have one key."""
         self._archive = archive
         self._row = row
         self._is_whole = is_whole
@@ -51,7 +57,7 @@ class ImageView:
     def row(self) -> EncodedImage:
         """Every small column; read now, if only the index was known. Blobs may be empty."""
         if not self._is_whole:
-            self._row = self._archive.reader.get(self.key, blobs=())
+            self._row = self._archive.reader.read_row(self.number, blobs=())
             self._is_whole = True
         return self._row
 
@@ -114,7 +120,8 @@ class ImageView:
     def original(self) -> bytes:
         """The source's bytes, untouched; ``b""`` where policy did not keep them."""
         if self._original is None:
-            self._original = self._archive.reader.get(self.key, blobs=("original",)).original
+            row = self._archive.reader.read_row(self.number, blobs=("original",))
+            self._original = row.original
         return self._original
 
     def bitstream(self, states: int | None = None) -> bytes:
@@ -134,7 +141,10 @@ class ImageView:
         if not 1 <= wanted <= len(ends):
             raise ValueError(f"states is {states}, {self.key!r} has 1 to {len(ends)}")
         if len(self._stream) < ends[wanted - 1]:
-            self._stream = self._archive.reader.bitstream(self.key, wanted)
+            row = self._archive.reader.read_row(
+                self.number, blobs=("base", "detail"), states=wanted, columns="index"
+            )
+            self._stream = row.base + row.detail
         return self._stream[: ends[wanted - 1]]
 
     def latent(self, states: int | None = None) -> npt.NDArray[np.float16]:

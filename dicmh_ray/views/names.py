@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from itertools import count
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _UNSAFE_OR_DOT = re.compile(r"[^A-Za-z0-9_-]+")
@@ -23,10 +24,12 @@ class FileNames:
         """A name for the key's file.
 
         A key that is no plain name, or whose name is taken but for case, gets eight hex digits of
-        its SHA-256 behind it.
+        its SHA-256 behind it; where that is taken too, as by an equal key, the next gets ``-2``.
         """
         stem = self._unsafe.sub("_", key).strip("._-")[:_MAX_STEM]
         if not stem or stem != key or stem.lower() in self._taken:
             stem = f"{stem or 'image'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        tries = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+        stem = next(name for name in tries if name.lower() not in self._taken)
         self._taken.add(stem.lower())
         return stem + suffix

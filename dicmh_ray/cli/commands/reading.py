@@ -59,7 +59,10 @@ def decode(
     archive: ArchiveArgument,
     keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="Images.")] = None,
     output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder for the files; is created.")
+        str,
+        typer.Option(
+            "--output", "-o", help="Folder for the files; is created. A URL only with --into."
+        ),
     ] = ".",
     where: Annotated[
         str | None, typer.Option(help="Also the images a filter selects; `True` is all.")
