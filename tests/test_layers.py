@@ -195,3 +195,20 @@ def test_the_table_has_no_cycle():
         }
         assert ready, f"a cycle among {sorted(set(MAY_IMPORT) - done)}"
         done |= ready
+
+
+def test_parquet_is_never_read_by_threads_of_arrow():
+    """Such a thread may give up Python's bytes after the interpreter has ended: that aborts a process
+    that had succeeded."""
+    reads = {"read_row_group", "read_row_groups", "iter_batches", "read_table"}
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            given = {one.arg: one.value for one in node.keywords}
+            is_read = node.func.attr in reads or (node.func.attr == "read" and "columns" in given)
+            threads = given.get("use_threads")
+            if is_read and getattr(threads, "value", None) is not False:
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert found == []

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dicmh_ray.archive import EncodedImage, create_archive, open_store
 from dicmh_ray.errors import (
@@ -21,8 +21,9 @@ from dicmh_ray.errors import (
 from dicmh_ray.pipeline import EncodePolicy
 from dicmh_ray.ray_plugin import compress
 from dicmh_ray.source import SourceOptions
-from dicmh_ray.views import codecs, decode_views, open_archive, picture_of, read_mark
+from dicmh_ray.views import codecs, decode_views, open_archive, picture_of, read_mark, save_picture
 from dicmh_ray.views.pictures import reduced
+from dicmh_ray.views.saving import mark_of
 from tests.archive.rows import CODEC_FILES, kept_row, ok_row, plan_of
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
@@ -313,6 +314,43 @@ def test_a_file_says_whether_its_detail_was_generated(archive, tmp_path, suffix)
         assert archive["a"].row.original_sha256 in mark.note
     with Image.open(tmp_path / f"human.{suffix}") as opened:
         assert opened.size == (32, 24)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_decoded_picture_keeps_the_colour_profile_of_its_samples(archive, suffix):
+    row = archive["a"].row
+    rgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = rgb[:16] + b"GRAY" + rgb[20:]
+    buffer = io.BytesIO()
+    save_picture(
+        buffer, archive["a"].pixels(), mark_of(replace(row, icc=rgb), "machine"), format=suffix
+    )
+    with Image.open(buffer) as opened:
+        assert opened.info["icc_profile"] == rgb
+    assert mark_of(replace(row, icc=grey), "machine").icc is None
+    assert mark_of(replace(row, icc=rgb, prefix_bytes=()), "machine").icc is None
+
+
+@pytest.mark.parametrize(("suffix", "side"), [("webp", 16_384), ("jpg", 65_501)])
+def test_a_picture_that_a_format_cannot_hold_is_refused_by_name(archive, suffix, side):
+    mark, image = archive["a"].mark(), np.zeros((1, side, 3), np.uint8)
+    with pytest.raises(UnsupportedImageError, match=f"{side}x1"):
+        save_picture(io.BytesIO(), image, mark, format=suffix)
+    with pytest.raises(UnsupportedImageError, match=f"1x{side}"):
+        save_picture(io.BytesIO(), image.transpose(1, 0, 2), mark, format=suffix)
+
+
+def test_a_thumbnail_is_of_as_many_states_as_it_is_asked_for(archive):
+    one, three = (archive["b"].thumbnail(states=n) for n in (1, 3))
+    assert not np.array_equal(one, three)
+    np.testing.assert_array_equal(archive["b"].thumbnail(), one)
+    row = next(r for r in archive.reader.rows(blobs=("base", "detail")) if r.key == "b")
+    (wanted,) = decode_views([row], "thumbnail", 3, archive.codec)
+    np.testing.assert_array_equal(three, wanted)
+    for states, wanted in ((None, one), (3, three)):
+        buffer = io.BytesIO()
+        archive["b"].save(buffer, "thumbnail", states=states, format="png")
+        np.testing.assert_array_equal(np.asarray(Image.open(buffer)), wanted)
 
 
 def test_a_file_can_be_written_to_memory_and_other_formats_are_refused(archive):

@@ -66,10 +66,8 @@ class ResultFolder:
 
     def describe(self, description: Mapping[str, Any]) -> None:
         """Say what the results depend on; saying it again changes nothing."""
-        put_once(
-            self.store,
-            self.prefix + RECORD_NAME,
-            seal(RECORD_FORMAT, RECORD_VERSION, description),
+        self.store.put_once(
+            self.prefix + RECORD_NAME, seal(RECORD_FORMAT, RECORD_VERSION, description)
         )
 
     def description(self) -> dict[str, Any]:
@@ -93,7 +91,7 @@ class ResultFolder:
 
     def commit(self, file: str, table: pa.Table) -> bool:
         """Let a file appear, whole. False when another attempt's is there: that one counts."""
-        return put_once(self.store, self.prefix + file, _parquet(table))
+        return self.store.put_once(self.prefix + file, _parquet(table))
 
     def read(self, file: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a file.
@@ -106,7 +104,8 @@ class ResultFolder:
         data = self.store.get(name)
         try:
             parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-            return parquet.read(columns=None if columns is None else list(columns))
+            wanted = None if columns is None else list(columns)
+            return parquet.read(columns=wanted, use_threads=False)
         except (OSError, pa.ArrowException) as exc:
             raise CorruptObjectError(name, str(exc)) from exc
 
@@ -176,20 +175,6 @@ def list_results(snapshot: Snapshot) -> list[str]:
     names = snapshot.store.list(ANALYSIS_PREFIX)
     folders = {name[len(ANALYSIS_PREFIX) :].partition("/")[0] for name in names}
     return sorted(folder for folder in folders if _RESULT_ID.fullmatch(folder))
-
-
-def put_once(store: Store, name: str, data: bytes) -> bool:
-    """Put an object where none is; whether these bytes are the ones that are there.
-
-    On a store without conditional puts two attempts may both put theirs; one remains, whole.
-    """
-    if store.conditional:
-        return store.put_if_absent(name, data)
-    try:
-        return store.get(name) == data
-    except FileNotFoundError:
-        store.put(name, data)
-        return True
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -84,15 +84,20 @@ def append_to_archive(
             storage_options=storage_options,
             options=options,
         )
-    if plan.codec_id != newest.codec_id:
-        raise AppendError(
-            store.uri,
-            f"it was written with codec {newest.codec_id[:16]}, this job has "
-            f"{plan.codec_id[:16]}; an archive has one codec",
-        )
+    check_codec(store.uri, newest.codec_id, plan)
     write_codec_files(store, plan.codec_id, codec_files)
     put_plan(store, plan)
     return AppendWriter(store, plan, options)
+
+
+def check_codec(uri: str, codec_id: str, plan: Plan) -> None:
+    """Raises AppendError when a plan has another codec than the archive that it is to be added to."""
+    if plan.codec_id != codec_id:
+        raise AppendError(
+            uri,
+            f"it was written with codec {codec_id[:16]}, this job has "
+            f"{plan.codec_id[:16]}; an archive has one codec",
+        )
 
 
 def published_units(snapshot: Snapshot) -> list[Mapping[str, Any]]:

@@ -169,7 +169,7 @@ def index_part(name: str, data: bytes) -> pa.Table:
         file = open_part(pa.BufferReader(data), name)
         tables = []
         for group in range(file.num_row_groups):
-            small = file.read_row_group(group, columns=[*_INDEXED, "crc32c"])
+            small = file.read_row_group(group, columns=[*_INDEXED, "crc32c"], use_threads=False)
             tables.append(index_row_group(name, data, file.metadata, group, small))
     except (OSError, pa.ArrowException) as exc:
         raise CorruptObjectError(name, f"not a readable part: {exc}") from exc

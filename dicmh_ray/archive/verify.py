@@ -448,7 +448,7 @@ class _Check:
         file = open_part(pa.BufferReader(data), facts.name)
         for group in range(len(facts.row_groups)):
             try:
-                rows = list(from_batch(self.read_row_group(facts, data, file, group, places)))
+                rows = list(from_batch(self.checked_row_group(facts, data, file, group, places)))
             except (ArchiveError, OSError, pa.ArrowException) as exc:
                 what = str(exc).removeprefix(f"{facts.name}: row group {group}: ")
                 self.report.problems.append(Problem(name=facts.name, row_group=group, what=what))
@@ -463,7 +463,7 @@ class _Check:
                     Problem(name=facts.name, row_group=group, row=number, key=row.key, what=fault)
                 )
 
-    def read_row_group(
+    def checked_row_group(
         self,
         facts: PartFacts,
         data: bytes,

@@ -3,10 +3,10 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
-from dicmh_ray.archive import ArchiveWriter, Plan, Snapshot, open_snapshot, open_store
-from dicmh_ray.archive.append import AppendWriter
+from dicmh_ray.archive import ArchiveWriter, Plan, Snapshot, open_store
+from dicmh_ray.archive.append import AppendWriter, check_codec
 from dicmh_ray.archive.plan import PLAN_NAME
 from dicmh_ray.cli.compress_arguments import CompressArguments
 from dicmh_ray.cli.output import (
@@ -22,22 +22,13 @@ from dicmh_ray.cli.output import (
 )
 from dicmh_ray.codec import DEFAULT_CHECKPOINT
 from dicmh_ray.codec.image_taggers import TaggerSpec, load_image_tagger
-from dicmh_ray.errors import AppendError, JobError, PlanConflictError
+from dicmh_ray.errors import PlanConflictError
 from dicmh_ray.pipeline import Checkpoint, EncodeOptions, EncodePolicy
 from dicmh_ray.pipeline.forecast import GB, Forecast, ForecastOptions, Outcome, Range, forecast
-from dicmh_ray.pipeline.job import choose_checkpoint, plan_append
-from dicmh_ray.source import SourceOptions, Unit, plan_units
+from dicmh_ray.pipeline.job import Planned, plan_work, refuse_begun
+from dicmh_ray.source import SourceOptions, Unit
 
 UNITS_SHOWN = 20
-
-
-class _Planned(NamedTuple):
-    """What a job would begin with."""
-
-    checkpoint: Checkpoint
-    units: list[Unit]
-    committed: set[str]
-    """Names of the units that are done."""
 
 
 def run_dry(
@@ -64,11 +55,13 @@ def run_dry(
     with told_in_one_line():
         if tagger is not None:
             tagger = tagger.pinned()
-        checkpoint, units, committed = _plan(arguments, policy, source_options, tagger)
-        found = None
+        planned, committed = _plan(arguments, policy, source_options, tagger)
+        units, found = planned.units, None
         if options is not None:
             todo = [unit for unit in units if unit.name not in committed]
-            found = _forecast(arguments, policy, source_options, tagger, checkpoint, todo, options)
+            found = _forecast(
+                arguments, policy, source_options, tagger, planned.checkpoint, todo, options
+            )
     total = sum(unit.num_bytes for unit in units)
     if as_json:
         plan: dict[str, Any] = {
@@ -89,35 +82,26 @@ def _plan(
     policy: EncodePolicy,
     source_options: SourceOptions,
     tagger: TaggerSpec | None,
-) -> _Planned:
-    """As :func:`~dicmh_ray.pipeline.job.plan_job`, which would write, and refused as it would be."""
+) -> tuple[Planned, set[str]]:
+    """The job, refused as it would be, and the names of its units that are done."""
     remote = storage_options(arguments.storage_options, arguments.archive)
-    base = open_snapshot(arguments.archive, storage_options=remote) if arguments.append else None
-    checkpoint = choose_checkpoint(arguments.checkpoint or DEFAULT_CHECKPOINT, base)
-    if base is None:
-        units = plan_units(arguments.sources, options=source_options)
-    else:
-        units = plan_append(arguments.sources, base, source_options)
-    parameters: dict[str, Any] = {"policy": policy.to_dict(), "source": source_options.to_dict()}
-    if policy.suggest_tags and checkpoint.factory is None:
-        parameters["tagger_sha256"] = checkpoint.tagger_sha256()
-    if tagger is not None:
-        parameters["tagger"] = tagger.identity()
-    plan = Plan(
-        units=[unit.to_dict() for unit in units],
-        codec_id=checkpoint.codec_id,
-        parameters=parameters,
+    planned = plan_work(
+        arguments.sources,
+        arguments.archive,
+        codec=arguments.checkpoint or DEFAULT_CHECKPOINT,
+        policy=policy,
+        source_options=source_options,
+        tagger=tagger,
+        append=arguments.append,
+        storage_options=remote,
     )
-    if base is None:
-        committed = _committed(arguments.archive, plan, remote)
+    if planned.base is None:
+        committed = _committed(arguments.archive, planned.plan, remote)
     else:
-        committed = _committed_later(base, plan)
-    if committed and not arguments.resume:
-        raise JobError(
-            f"{arguments.archive} already holds {len(committed)} of {len(units)} units: "
-            "resume it, or choose another address"
-        )
-    return _Planned(checkpoint, units, committed)
+        committed = _committed_later(planned.base, planned.plan)
+    if not arguments.resume:
+        refuse_begun(arguments.archive, committed, planned.units)
+    return planned, committed
 
 
 def _committed(archive: str, plan: Plan, remote: Mapping[str, Any]) -> set[str]:
@@ -136,12 +120,7 @@ def _committed_later(base: Snapshot, plan: Plan) -> set[str]:
     """Units of an append that are done. Raises AppendError where the codec is another one."""
     if not plan.units:
         return set()
-    if plan.codec_id != base.codec_id:
-        raise AppendError(
-            base.uri,
-            f"it was written with codec {base.codec_id[:16]}, this job has "
-            f"{plan.codec_id[:16]}; an archive has one codec",
-        )
+    check_codec(base.uri, base.codec_id, plan)
     return AppendWriter(base.store, plan).committed_units()
 
 

@@ -297,7 +297,7 @@ def _content(
     if view == "latent":
         return ".npy", image.latent(states)
     if view == "thumbnail":
-        return f".{format}", image.thumbnail()
+        return f".{format}", image.thumbnail(states=states)
     return f".{format}", image.pixels(view, states)
 
 

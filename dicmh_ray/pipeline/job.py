@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dicmh_ray.archive import (
     ArchiveWriter,
@@ -218,6 +218,59 @@ def plan_job(
     """
     policy = policy or EncodePolicy()
     source_options = source_options or SourceOptions()
+    tagger = None if tagger is None else tagger.pinned()
+    planned = plan_work(
+        sources,
+        archive,
+        codec=codec,
+        policy=policy,
+        source_options=source_options,
+        tagger=tagger,
+        append=append,
+        storage_options=storage_options,
+    )
+    writer, todo, report = open_job(
+        archive,
+        planned.plan,
+        planned.checkpoint,
+        planned.units,
+        resume=resume,
+        base=planned.base,
+        storage_options=storage_options,
+    )
+    job = Job(
+        writer=writer,
+        checkpoint=planned.checkpoint,
+        policy=policy,
+        source_options=source_options,
+        encode_options=encode_options or EncodeOptions(),
+        tagger=tagger,
+    )
+    return job, todo, report
+
+
+class Planned(NamedTuple):
+    """What a job is to do; nothing of it is written yet."""
+
+    checkpoint: Checkpoint
+    units: list[Unit]
+    plan: Plan
+    base: Snapshot | None
+    """The archive that it is added to."""
+
+
+def plan_work(
+    sources: Sequence[str],
+    archive: str,
+    *,
+    codec: str | Path | Callable[[], ImageCodec],
+    policy: EncodePolicy,
+    source_options: SourceOptions,
+    tagger: TaggerSpec | None,
+    append: bool,
+    storage_options: Mapping[str, Any] | None,
+) -> Planned:
+    """The part of :func:`plan_job` that only reads. ``tagger`` is pinned; else as there."""
     base = open_snapshot(archive, storage_options=storage_options) if append else None
     checkpoint = choose_checkpoint(codec, base)
     if base is None:
@@ -229,25 +282,13 @@ def plan_job(
         # The codec_id does not cover the tagger, but rows depend on it.
         parameters["tagger_sha256"] = checkpoint.tagger_sha256()
     if tagger is not None:
-        tagger = tagger.pinned()
         parameters["tagger"] = tagger.identity()
     plan = Plan(
         units=[unit.to_dict() for unit in units],
         codec_id=checkpoint.codec_id,
         parameters=parameters,
     )
-    writer, todo, report = open_job(
-        archive, plan, checkpoint, units, resume=resume, base=base, storage_options=storage_options
-    )
-    job = Job(
-        writer=writer,
-        checkpoint=checkpoint,
-        policy=policy,
-        source_options=source_options,
-        encode_options=encode_options or EncodeOptions(),
-        tagger=tagger,
-    )
-    return job, todo, report
+    return Planned(checkpoint, units, plan, base)
 
 
 def choose_checkpoint(
@@ -310,11 +351,8 @@ def open_job(
             archive, plan=plan, codec_files=checkpoint.files, storage_options=storage_options
         )
     committed = writer.committed_units() & {unit.name for unit in units}
-    if committed and not resume:
-        raise JobError(
-            f"{archive} already holds {len(committed)} of {len(units)} units: "
-            "resume it, or choose another address"
-        )
+    if not resume:
+        refuse_begun(archive, committed, units)
     todo = [unit for unit in units if unit.name not in committed]
     report = JobReport(
         archive=archive,
@@ -325,6 +363,15 @@ def open_job(
         source_bytes_total=sum(unit.num_bytes for unit in todo),
     )
     return writer, todo, report
+
+
+def refuse_begun(archive: str, committed: set[str], units: Sequence[Unit]) -> None:
+    """Raises JobError when a job that is not to be resumed has committed units."""
+    if committed:
+        raise JobError(
+            f"{archive} already holds {len(committed)} of {len(units)} units: "
+            "resume it, or choose another address"
+        )
 
 
 def compress_local(

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from dicmh_ray.archive import EncodedImage, Store, open_snapshot, open_store, probe
 from dicmh_ray.codec import ImageCodec
-from dicmh_ray.errors import JobError, PlanConflictError
+from dicmh_ray.errors import JobError, PlanConflictError, UnsupportedImageError
 from dicmh_ray.reader import ArchiveReader, OnError, ReadFault
 from dicmh_ray.reader.index import Numbers
 from dicmh_ray.views.codecs import codec_of
@@ -287,7 +287,14 @@ class BulkDecode:
                 if error is not None:
                     faults.append(ReadFault.of_picture(row.key, error))
                     continue
-                yield _File(row, stems[start + place], *self._file_of(row, result))
+                try:
+                    suffix, data = self._file_of(row, result)
+                except UnsupportedImageError as exc:
+                    if options.on_error == "raise":
+                        raise
+                    faults.append(ReadFault.of_picture(row.key, exc))
+                    continue
+                yield _File(row, stems[start + place], suffix, data)
 
     def _file_of(self, row: EncodedImage, result: Any) -> tuple[str, bytes]:
         if self.options.view == "original":

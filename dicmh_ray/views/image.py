@@ -178,20 +178,23 @@ class ImageView:
             return self._archive.codec.decode([self.bitstream(states)], view=view)[0]
         return self._from_original(view)
 
-    def thumbnail(self, max_side: int = THUMBNAIL_SIDE) -> npt.NDArray[np.uint8]:
-        """The machine view of the first state, uint8 ``[h, w, 3]``, no side above ``max_side``.
+    def thumbnail(
+        self, max_side: int = THUMBNAIL_SIDE, states: int | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """A small machine view, uint8 ``[h, w, 3]``, no side above ``max_side``.
 
-        Reads the bytes of one state. Raises as :meth:`pixels`.
+        It is decoded from the first ``states`` states, None being the first alone, and reads no
+        other bytes. Raises as :meth:`pixels`.
         """
-        held = self._views.get(("thumbnail", None))
+        held = self._views.get(("thumbnail", states))
         if held is not None and max_side == THUMBNAIL_SIDE:
             return cast("npt.NDArray[np.uint8]", held)
         if not self._row.prefix_bytes:
             return self._from_original("thumbnail", max_side)
-        self.bitstream(THUMBNAIL_STATES)
-        picture = decode_views(
-            [self._with_stream()], "thumbnail", codec=self._archive.codec, max_side=max_side
-        )[0]
+        wanted = THUMBNAIL_STATES if states is None else states
+        row = replace(self._row, base=self.bitstream(wanted), detail=b"")
+        codec = self._archive.codec
+        picture = decode_views([row], "thumbnail", wanted, codec, max_side=max_side)[0]
         return cast("npt.NDArray[np.uint8]", picture)
 
     def is_generated(self, view: str = "human") -> bool:
@@ -215,13 +218,16 @@ class ImageView:
         Args:
             file: a path, or a file open for binary writing.
             view: as :meth:`pixels`, or ``"thumbnail"``.
-            states: decode from the first ones only; None means all.
+            states: decode from the first ones only; None means all, of a thumbnail the first.
             format: ``png``, ``jpg`` or ``webp``; None takes it from the path's suffix.
 
         Returns:
             What the file says of itself.
+
+        Raises:
+            UnsupportedImageError: the picture is larger than the format can hold.
         """
-        image = self.thumbnail() if view == "thumbnail" else self.pixels(view, states)
+        image = self.thumbnail(states=states) if view == "thumbnail" else self.pixels(view, states)
         mark = self.mark(view)
         save_picture(file, image, mark, format=format)
         return mark
@@ -234,6 +240,3 @@ class ImageView:
         row = replace(self.row, base=b"", detail=b"", original=self.original)
         picture = decode_views([row], view, max_side=max_side)[0]
         return cast("npt.NDArray[np.uint8]", picture)
-
-    def _with_stream(self) -> EncodedImage:
-        return replace(self._row, base=self._stream, detail=b"")
