@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dicmh_ray.source import SourceImage, SourceOptions, load_pixels
     from dicmh_ray.views import Archive, ImageView, open_archive
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Archive",

@@ -2,15 +2,17 @@
 
 import json
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from dicmh_ray.archive import open_snapshot
 from dicmh_ray.cli import app
-from dicmh_ray.errors import CommitFailedError, JobError
+from dicmh_ray.errors import AppendError, CommitFailedError, JobError
 from dicmh_ray.pipeline.job import Checkpoint, compress_local, plan_job
 from dicmh_ray.pipeline.monitor import JobMonitor
+from dicmh_ray.source import SourceOptions
 from dicmh_ray.views import codecs
 from tests.fake_codec import FakeCodec
 from tests.small_collections import bmp, picture, write_tar
@@ -124,6 +126,24 @@ def test_of_two_drivers_that_saw_different_files_each_picture_is_added_once(run,
     assert compress(run, photos, archive, "--append")["units_total"] == 0
     run("gc", archive, "--grace-hours", "0")
     assert json.loads(run("verify", archive, "--json").stdout)["notes"] == []
+
+
+def test_a_table_that_would_be_cut_otherwise_is_not_added_twice(run, archive, tmp_path):
+    table = pa.table({"image": [bmp(picture(60 + n)) for n in range(4)]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    whole = SourceOptions()
+    ranges = SourceOptions(unit_bytes=1)
+
+    def plan(options):
+        return plan_job(
+            [str(tmp_path / "t.parquet")], str(archive), source_options=options, append=True
+        )
+
+    job, todo, report = plan(whole)
+    assert compress_local(job, todo, JobMonitor(report)).manifest == 2
+    assert plan(whole)[1] == []
+    with pytest.raises(AppendError, match=r"t.parquet, cut into units otherwise; .*unit_bytes"):
+        plan(ranges)
 
 
 @pytest.mark.parametrize("command", ["info", "ls", "history", "gc"])

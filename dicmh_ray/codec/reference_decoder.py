@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+CODER = "layered/1"
 RATIO, PRECISION_BITS, TILE, CELL = 3, 24, 64, 16
 MAX_MAGNITUDE, MAX_VALUE, SPREAD_LEVELS, OFFSET_UNIT, COARSEST_LIMIT = 15, 511, 4096, 128, 32
 
@@ -166,6 +167,8 @@ def decode_symbols(
 ) -> tuple[dict[str, Any], Any, int]:
     """Config and symbols int64 [C, h, w] of the last wanted state, and the number of states."""
     config = json.loads((Path(checkpoint) / "config.json").read_text())
+    if config.get("coder") != CODER:
+        raise SystemExit(f"payloads are {config.get('coder')!r}, this decoder reads {CODER!r}")
     tables = read_safetensors(Path(checkpoint) / "tables.safetensors")
     _, width, height, states = read_frame(data)
     rows, columns = -(-height // CELL), -(-width // CELL)

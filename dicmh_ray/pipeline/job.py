@@ -34,6 +34,7 @@ from dicmh_ray.archive import (
 from dicmh_ray.codec import DEFAULT_CHECKPOINT, ImageCodec, ImageTagger
 from dicmh_ray.codec.image_taggers import TaggerSpec, load_image_tagger
 from dicmh_ray.errors import (
+    AppendError,
     DicmhError,
     JobError,
     JobStoppedError,
@@ -312,7 +313,7 @@ def plan_append(sources: Sequence[str], base: Snapshot, options: SourceOptions) 
     address is its key, and a key does not change its picture.
 
     Raises:
-        AppendError: the archive is unfinished.
+        AppendError: the archive is unfinished, or has a table's rows in other units than these.
         SourceError: see :func:`plan_units`.
     """
     known = published_units(base)
@@ -321,7 +322,16 @@ def plan_append(sources: Sequence[str], base: Snapshot, options: SourceOptions) 
     }
     present = {unit_identity(unit) for unit in known}
     units = plan_units(sources, options=options, known_files=files)
-    return [unit for unit in units if unit_identity(unit.to_dict()) not in present]
+    new = [unit for unit in units if unit_identity(unit.to_dict()) not in present]
+    tables = {(unit["uri"], unit["etag"]) for unit in known if unit.get("kind") == "parquet"}
+    for unit in new:
+        if unit.kind == "parquet" and (unit.to_dict()["uri"], unit.etag) in tables:
+            raise AppendError(
+                base.uri,
+                f"it has rows of {unit.uri}, cut into units otherwise; "
+                "wanted the unit_bytes of the job that added them",
+            )
+    return new
 
 
 def open_job(

@@ -12,7 +12,7 @@ import safetensors.numpy
 import torch
 
 from dicmh_ray.bitstream import Header, State, parse_bitstream, prefix_bytes, write_bitstream
-from dicmh_ray.codec import layered_codec, load_codec, read_checkpoint
+from dicmh_ray.codec import layered_codec, load_codec, read_checkpoint, reference_decoder
 from dicmh_ray.codec.layered_codec import LayeredCodec
 from dicmh_ray.errors import (
     BitstreamError,
@@ -284,8 +284,11 @@ def altered_checkpoint(
 
 
 def test_payloads_of_another_layout_are_refused(tmp_path: Path) -> None:
+    altered = altered_checkpoint(tmp_path, {"coder": "layered/2"})
     with pytest.raises(WeightsError, match="coder is 'layered/2', wanted 'layered/1'"):
-        load_codec(altered_checkpoint(tmp_path, {"coder": "layered/2"}))
+        load_codec(altered)
+    with pytest.raises(SystemExit, match="payloads are 'layered/2'"):
+        reference_decoder.decode_symbols(altered, b"")
 
 
 @pytest.mark.parametrize("step", [0, -3, float("nan"), float("inf"), "17"])

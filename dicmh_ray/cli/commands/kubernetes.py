@@ -91,16 +91,20 @@ def k8s_render(
 
     Examples:
 
-        dicmh k8s render --image registry.example/dicmh:0.1.0-cuda
-        --source 's3://photos/{000..099}.tar' --archive s3://archives/photos
-        --gpu-workers 1:16 --spot prefer --queue batch --secret store | kubectl apply -f -
+    \b
+        dicmh k8s render --image registry.example/dicmh:0.1.0-cuda \\
+            --source 's3://photos/{000..099}.tar' --archive s3://archives/photos \\
+            --gpu-workers 1:16 --spot prefer --queue batch --secret store \\
+            | kubectl apply -f -
 
-        dicmh k8s render --job verify --image registry.example/dicmh:0.1.0-cpu
-        --archive s3://archives/photos -o verify/ -- --subset 1/8
+    \b
+        dicmh k8s render --job verify --image registry.example/dicmh:0.1.0-cpu \\
+            --archive s3://archives/photos -o verify/ -- --subset 1/8
 
-        dicmh k8s render --job analyze --image registry.example/dicmh:0.1.0-cpu
-        --archive s3://archives/photos --task classify --cpu-workers 2:16
-        -- --net s3://nets/classifier.onnx
+    \b
+        dicmh k8s render --job analyze --image registry.example/dicmh:0.1.0-cpu \\
+            --archive s3://archives/photos --task classify --cpu-workers 2:16 \\
+            -- --net s3://nets/classifier.onnx
     """
     from dicmh_ray.cli.job_options import JobOptions, PodSize, Replicas
     from dicmh_ray.cli.kubernetes import run_render
