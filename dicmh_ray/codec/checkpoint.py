@@ -47,14 +47,22 @@ TAGGER_FILE = "tagger.safetensors"
 
 FORMAT = "dicmh-checkpoint/1"
 
-LAYERED_CODER = "layered/1"
+LAYERED_CODER = "layered/2"
 """Value of ``coder`` in a layered checkpoint's ``config.json``: the layout of its payloads."""
+
+LAYERED_CODERS = ("layered/1", LAYERED_CODER)
+"""Those that are read."""
 
 LATENT_UNIT = "latent_unit"
 """Tensor among the weights: float32 ``[C]``, what y was multiplied by before rounding."""
 
 COMPANIONS: Mapping[str, tuple[str, ...]] = {
-    LAYERED: ("formats/bitstream.v1.md", "formats/layered-payload.v1.md", "reference_decoder.py"),
+    LAYERED: (
+        "formats/bitstream.v1.md",
+        "formats/layered-payload.v1.md",
+        "formats/layered-payload.v2.md",
+        "reference_decoder.py",
+    ),
     DIFF_ICMH: ("formats/bitstream.v1.md", "formats/lfgcm-payload.v1.md"),
 }
 """What else a reader needs in fifty years; lies beside this module."""

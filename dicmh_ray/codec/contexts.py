@@ -6,13 +6,15 @@ Spreads are matrix products in float32, small enough to be exact whatever the or
 (proved from the weights when the tables are loaded); offsets are integers; nothing else enters: no
 network, no probability computed in floating point. Any machine finds the same tables.
 
-Order of coding in a state: channel groups; in each group first the positions with even ``i + j``,
-then the others. Cells are kept in that order, so that a pass is a block of rows; channels that are
-zero everywhere, as most are in coarse states, stay out of the products; and other arrays have the
-narrowest type that holds their values, because nearly all the time goes into moving them.
+Order of coding in a state: channel groups; in each group first the cells of a coarse lattice, then
+those of its refinements, each of which lies between four that are known (:func:`interlaced`): the
+nearer the neighbours, the more they tell, and only few cells have none. Cells are kept in that order,
+so that a pass is a block of rows; channels that are zero everywhere, as most are in coarse states,
+stay out of the products; and other arrays have the narrowest type that holds their values, because
+nearly all the time goes into moving them.
 
 Shapes: ``C`` channels, ``i, j`` the latent grid, ``n = i j`` its cells in coding order, ``p`` those
-of one parity. Channels come last.
+of one pass. Channels come last.
 """
 
 import functools
@@ -46,7 +48,7 @@ MAX_PARENT = MAX_VALUE // RATIO
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Symbols that are coded together: some channels at the positions of one parity."""
+    """Symbols that are coded together: some channels in the cells of one refinement."""
 
     channels: slice
     rows: slice
@@ -109,6 +111,9 @@ class Pass:
         return np.int8(1) - 2 * (self.shift.reshape(-1)[where] < 0).view(np.int8)
 
 
+_SIDES = ((-1, 0), (1, 0), (0, -1), (0, 1))
+_CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
+
 Visit = Callable[[Pass], Symbols]
 """Gets a pass, returns its symbols ``[p, channels]``: known (encoder) or decoded (decoder)."""
 
@@ -126,11 +131,23 @@ class ContextModel:
             [self._stacked(state, first, last) for first, last in itertools.pairwise(tables.groups)]
             for state in range(tables.num_states)
         ]
-        # [K, 4, C]: weights of the parent (less its symbol's base, three times the parent), of its
-        # sides and its corners, and of this state's sides.
+        # For each state, group and refinement, those of the near cells' magnitudes.
+        self._near = [
+            [
+                [self._beside(state, step, first, last) for step in range(depth)]
+                for first, last in itertools.pairwise(tables.groups)
+            ]
+            for state, depth in enumerate(tables.depths)
+        ]
+        # [K, 3 + R, C]: weights of the parent (less its symbol's base, three times the parent), of
+        # its sides and its corners, and of this state's near cells in each refinement.
         parent = tables.offset_parent.transpose(0, 2, 1) * RATIO
         parent[:, 0] -= RATIO * OFFSET_UNIT
-        self._offset = np.concatenate([parent, tables.offset_sides[:, None]], 1).astype(np.int32)
+        self._offset = np.concatenate([parent, tables.offset_near], 1).astype(np.int32)
+
+    def order(self, state: int, shape: tuple[int, int]) -> "Interlacing":
+        """The coding order of a state's cells in a tile of some shape."""
+        return interlaced(*shape, self.tables.depths[state])
 
     def walk(
         self, state: int, parent: Symbols | None, shape: tuple[int, int], active: int, visit: Visit
@@ -147,7 +164,7 @@ class ContextModel:
         Returns:
             int16 ``[i, j, C]``: the symbols of state k.
         """
-        t, grid = self.tables, checkerboard(*shape)
+        t, grid = self.tables, self.order(state, shape)
         if parent is None:
             parent = np.zeros((*shape, t.channels), np.int16)
         result = parent * np.int16(RATIO)
@@ -166,20 +183,24 @@ class ContextModel:
             symbols = np.zeros((grid.size + 1, channels.stop - first), np.int16)
             np.multiply(parents, np.int16(RATIO), out=symbols[:-1])
             magnitudes = np.zeros(symbols.shape, np.uint8)
-            for odd, rows in enumerate((slice(grid.even), slice(grid.even, grid.size))):
-                if odd:
-                    spread[rows] += grid.sides(magnitudes) * t.spread_sides[state, channels]
-                    sides = grid.sides(symbols.clip(-MAX_VALUE, MAX_VALUE))
-                    offset[rows] += sides * self._offset[state, 3, channels].astype(offset.dtype)
+            for rows, step, near in grid.passes:
+                if near is not None:
+                    beside = grid.sums(magnitudes, near).astype(np.float32)
+                    weights = self._near[state][group][step][:, : channels.stop - first]
+                    spread[rows] += beside @ weights[1 : 1 + channels.stop - first]
+                    spread[rows] += weights[0]
+                    values = grid.sums(symbols.clip(-MAX_VALUE, MAX_VALUE), near)
+                    offset[rows] += values * self._offset[state, 3 + step, channels].astype(
+                        offset.dtype
+                    )
                 base, shift = symbols[rows], offset[rows]
                 if state == 0:
                     predicted = (shift + OFFSET_UNIT // 2) // OFFSET_UNIT
                     base, shift = predicted.astype(np.int16), shift - predicted * OFFSET_UNIT
-                if base.size:
-                    busy = self._busy(state, spread[rows], shift, parents[rows])
-                    step = Pass(channels, rows, grid.order[rows], base, shift, spread[rows], *busy)
-                    symbols[rows] = visit(step)
-                    magnitudes[rows] = _magnitudes(symbols[rows])
+                busy = self._busy(state, spread[rows], shift, parents[rows])
+                visited = Pass(channels, rows, grid.order[rows], base, shift, spread[rows], *busy)
+                symbols[rows] = visit(visited)
+                magnitudes[rows] = _magnitudes(symbols[rows])
             result.reshape(grid.size, -1)[grid.order, channels] = symbols[:-1]
             if channels.stop < active:
                 start = used.size
@@ -199,8 +220,16 @@ class ContextModel:
             ]
         )
 
+    def _beside(self, state: int, step: int, first: int, last: int) -> Floats:
+        """Rows: what a refinement adds, weights of the group's magnitudes in the near cells."""
+        t, group = self.tables, slice(first, last)
+        weights = t.spread_current[state, group, group].T + np.diag(
+            t.spread_near[state, step, group]
+        )
+        return np.concatenate([t.spread_step[state, step, None, group], weights])
+
     def _parent_inputs(
-        self, parent: Symbols, grid: "Checkerboard", active: int
+        self, parent: Symbols, grid: "Interlacing", active: int
     ) -> tuple[Floats, Indexes]:
         """What spreads are summed from, filled as far as state k-1 tells.
 
@@ -225,7 +254,7 @@ class ContextModel:
         return inputs, np.concatenate([[0], 1 + live, 1 + self.tables.channels + live])
 
     def _parent_offset(
-        self, state: int, parent: Symbols, grid: "Checkerboard", channels: slice
+        self, state: int, parent: Symbols, grid: "Interlacing", channels: slice
     ) -> Integers:
         """Where state k-1 says that a group's symbols lie, relative to their base.
 
@@ -239,13 +268,14 @@ class ContextModel:
             ``[n, channels]``, in the narrowest integers that hold it and what is added later.
         """
         peak = max(int(parent.max()), -int(parent.min()))
-        weights = self._offset[state, :, channels]
-        reach = np.array([1, 4, 4, 4]) @ np.abs(weights) * (RATIO * peak + 1)
+        weights = np.abs(self._offset[state, :, channels])
+        reach = np.array([1, 4, 4]) @ weights[:3] + 4 * weights[3:].max(0)
+        reach *= RATIO * peak + 1
         narrow = state > 0 and peak <= MAX_PARENT and reach.max() < 1 << 15
         kind = np.int16 if narrow else np.int32
         if peak == 0:
             return np.zeros((grid.size, parent.shape[2]), kind)
-        own, side, corner = weights[:3].astype(kind)
+        own, side, corner = self._offset[state, :3, channels].astype(kind)
         values = parent.clip(-MAX_PARENT, MAX_PARENT)
         sides, corners = _neighbour_sums(values)
         offset = values * own
@@ -285,17 +315,15 @@ class ContextModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkerboard:
-    """The coding order of a tile's cells: those with even ``i + j`` before the others."""
+class Interlacing:
+    """The coding order of a tile's cells: of a coarse lattice first, then of its refinements."""
 
     order: Indexes
     """``[n]``: indexes into the cells row by row."""
 
-    even: int
-    """How many of them are even."""
-
-    beside: Indexes
-    """``[4, odd cells]``: the side neighbours' places in the order; ``n`` beyond the edge."""
+    passes: tuple[tuple[slice, int, Indexes | None], ...]
+    """Rows in that order; the refinement, counted from the last; and of its near cells ``[4, p]``
+    the places in the order, ``n`` beyond the edge. The first pass may have none. No pass is empty."""
 
     @property
     def size(self) -> int:
@@ -305,25 +333,60 @@ class Checkerboard:
         """``[i, j, C]`` -> ``[n, C]`` in coding order."""
         return values.reshape(self.size, values.shape[2]).take(self.order, 0)
 
-    def sides(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Sums over the side neighbours of the odd cells; of ``[n + 1, C]``, the last row zero."""
-        total = values.take(self.beside[0], 0)
-        for neighbour in self.beside[1:]:
+    @staticmethod
+    def sums(values: npt.NDArray[Any], near: Indexes) -> npt.NDArray[Any]:
+        """Sums over near cells ``[4, p]``; of ``[n + 1, C]``, the last row zero."""
+        total = values.take(near[0], 0)
+        for neighbour in near[1:]:
             total += values.take(neighbour, 0)
         return total
 
 
-@functools.lru_cache(maxsize=16)
-def checkerboard(rows: int, columns: int) -> Checkerboard:
-    """The order for a tile's shape."""
-    odd = np.add.outer(np.arange(rows), np.arange(columns)).ravel() % 2
-    order = np.argsort(odd, kind="stable")
-    even = int(np.count_nonzero(odd == 0))
-    place = np.full((rows + 2, columns + 2), order.size)
-    place[1:-1, 1:-1].flat[order] = np.arange(order.size)
-    sides = [place[:-2, 1:-1], place[2:, 1:-1], place[1:-1, :-2], place[1:-1, 2:]]
-    beside = np.stack(sides).reshape(4, -1)[:, order[even:]]
-    return Checkerboard(order, even, beside)
+@functools.lru_cache(maxsize=32)
+def interlaced(rows: int, columns: int, depth: int) -> Interlacing:
+    """The order for a tile's shape.
+
+    Each refinement doubles the cells, by those amid squares of four coded ones: at first the middles
+    of a square lattice's squares, whose near cells are their corners, then the middles of the
+    tilted squares that this makes, whose near cells are at their sides. Counted from the last:
+    refinement 0 has the cells with odd ``i + j`` and near cells at their sides, refinement 1 those
+    with odd ``i`` and odd ``j`` and near cells at their corners, 2 and 3 the same on the lattice of
+    even ``i`` and even ``j``, and so on.
+    """
+    i, j = np.indices((rows, columns))
+    steps = np.full((rows, columns), depth)
+    for step in reversed(range(depth)):
+        distance = 1 << step // 2
+        on_lattice = (i % distance == 0) & (j % distance == 0)
+        between = (
+            ((i // distance % 2 == 1) & (j // distance % 2 == 1))
+            if step % 2
+            else ((i + j) // distance % 2 == 1)
+        )
+        steps[on_lattice & between] = step
+    order = np.argsort(depth - steps.ravel(), kind="stable")
+    margin = 1 << max(depth - 1, 0) // 2
+    place = np.full((rows + 2 * margin, columns + 2 * margin), order.size)
+    place[margin:-margin, margin:-margin].flat[order] = np.arange(order.size)
+    passes = []
+    start = 0
+    for step in reversed(range(depth + 1)):
+        stop = start + int(np.count_nonzero(steps == step))
+        if stop > start:
+            row, column = np.divmod(order[start:stop], columns)
+            near = None
+            if step < depth:
+                distance = 1 << step // 2
+                ways = _CORNERS if step % 2 else _SIDES
+                near = np.stack(
+                    [
+                        place[row + margin + a * distance, column + margin + b * distance]
+                        for a, b in ways
+                    ]
+                )
+            passes.append((slice(start, stop), step, near))
+        start = stop
+    return Interlacing(order, tuple(passes))
 
 
 def last_nonzero_channel(symbols: Symbols) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dicmh_ray.codec.contexts import ContextModel, Pass, Symbols
+from dicmh_ray.codec.contexts import ContextModel, Interlacing, Pass, Symbols, interlaced
 from dicmh_ray.codec.layered import parent_symbols
 from dicmh_ray.codec.symbols import active_channels, nested_symbols
 from dicmh_ray.codec.tables import (
@@ -37,10 +37,16 @@ from dicmh_ray.codec.tables import (
 SPREAD_ORIGIN = 6.0
 """Added to the fitted spread so that its useful range starts at zero."""
 
-OFFSET_EDGES = (8, 32, 80)
-"""Offsets of 1/16, 1/4 and 5/8 of a step separate the offset buckets."""
+OFFSET_EDGES = (4, 12, 24, 40, 64, 96, 128)
+"""Offsets, in 1/128 of a step, that separate the offset buckets."""
 
-NUM_SPREAD_BUCKETS = 12
+NUM_SPREAD_BUCKETS = 24
+
+COARSEST_DEPTH = 6
+"""Refinements of state 0, which has no parents: near cells tell most of what is known."""
+
+DEPTH = 4
+"""Those of the others."""
 
 LEVELS_A_CELL = 8
 """Spread levels that are never parted by a bucket's edge."""
@@ -54,8 +60,14 @@ WHITENING_BATCH = 32
 WHITENED_RATE = 3e-3
 """Adam's peak rate for the weights of whitened magnitudes."""
 
-OTHER_RATE = 8e-3
+NEAR_RATE = 2e-3
+"""The same for those of the group's magnitudes in the near cells."""
+
+OTHER_RATE = 1.2e-2
 """The same for everything else, of which each channel has little."""
+
+COARSEST_RATE = 3.2e-2
+"""The same in state 0, whose symbols are the largest."""
 
 
 class _Whitening:
@@ -91,24 +103,35 @@ class _StateContext(nn.Module):
     def __init__(self, groups: Sequence[int], state: int, live: Tensor, white: _Whitening) -> None:
         super().__init__()
         self.state, self.live, self.white = state, live, white
+        self.depth = DEPTH if state else COARSEST_DEPTH
         channels = len(live)
         group = torch.bucketize(live, torch.tensor(groups[1:]), right=True)
         earlier = (group[None, :] < group[:, None]).float()
+        self._same = (group[None, :] == group[:, None]).float()
         self._allowed = torch.cat([torch.ones(channels, 2 * channels), earlier], 1)
         eye = torch.eye(channels, dtype=torch.float64)
         start = torch.cat([0.5 * eye, 0.05 * eye, 0 * eye], 1)
         self.whitened = nn.Parameter((start @ white.factor).float())
         self.level = nn.Parameter(torch.full((channels,), -2.0) + start.float() @ white.mean)
-        self.sides = nn.Parameter(torch.full((channels,), 0.05))
+        self.group_near = nn.Parameter(torch.zeros(channels, channels))
+        self.near = nn.Parameter(torch.full((self.depth, channels), 0.05))
+        self.step = nn.Parameter(torch.zeros(self.depth, channels))
         offset = torch.zeros(channels, 3)
         offset[:, 0] = 0.95 if state else 0.0
         self.offset = nn.Parameter(offset)
-        self.offset_sides = nn.Parameter(torch.zeros(channels))
+        # Without a parent, a symbol is best guessed as the mean of its near cells.
+        between = 0.0 if state else 0.25
+        self.offset_near = nn.Parameter(torch.full((self.depth, channels), between))
 
     @property
     def weights(self) -> Tensor:
         """Of the magnitudes, ``[C, 3 C]``: of parents, of parents around, of earlier groups."""
         return (self.whitened * self._allowed) @ self.white.inverse
+
+    @property
+    def beside(self) -> Tensor:
+        """Of the magnitudes of the same group in the near cells, ``[C, C]``."""
+        return self.group_near * self._same
 
     def bias(self, weights: Tensor) -> Tensor:
         """What is added to the weighted magnitudes, ``[C]``."""
@@ -118,23 +141,22 @@ class _StateContext(nn.Module):
         """Bits of the symbols of this state given their parents', ``[N, C, i, j]``."""
         value = RATIO * parent_NCij.clamp(-(MAX_VALUE // 3), MAX_VALUE // 3)
         own = symbols_NCij.clamp(-MAX_VALUE, MAX_VALUE)
-        rows, columns = symbols_NCij.shape[2:]
-        second = ((torch.arange(rows)[:, None] + torch.arange(columns)[None, :]) % 2).to(
-            symbols_NCij.dtype
-        )
         weights = self.weights
         magnitudes = _magnitudes(symbols_NCij, parent_NCij)
-        beside = _sums(magnitudes[:, -len(self.live) :])[0]
+        order = interlaced(*symbols_NCij.shape[2:], self.depth)
+        beside = _near_sums(magnitudes[:, -len(self.live) :], order)
         spread = (
             F.conv2d(magnitudes, weights[:, :, None, None], self.bias(weights))
-            + self.sides[:, None, None] * beside * second
+            + F.conv2d(beside, self.beside[:, :, None, None])
+            + _by_refinement(self.near, order, beside) * beside
+            + _by_refinement(self.step, order, beside)
         )
         sides, corners = _sums(value)
         mean = (
             self.offset[:, 0, None, None] * value
             + self.offset[:, 1, None, None] * sides
             + self.offset[:, 2, None, None] * corners
-            + self.offset_sides[:, None, None] * _sums(own)[0] * second
+            + _by_refinement(self.offset_near, order, own) * _near_sums(own, order)
         )
         scale = F.softplus(spread) + 0.02
         bits = -_log_mass(symbols_NCij, 0.5, mean, scale)
@@ -155,6 +177,27 @@ def _sums(values: Tensor) -> tuple[Tensor, Tensor]:
     upright = padded[:, :, :-2] + padded[:, :, 2:]
     sides = upright[..., 1:-1] + padded[:, :, 1:-1, :-2] + padded[:, :, 1:-1, 2:]
     return sides, upright[..., :-2] + upright[..., 2:]
+
+
+def _near_sums(values_NCij: Tensor, order: Interlacing) -> Tensor:
+    """Sums over the near cells of each cell; zero in the cells that are coded first."""
+    cells = values_NCij.flatten(2)
+    arranged = F.pad(cells[:, :, torch.from_numpy(order.order)], (0, 1))
+    sums = torch.zeros_like(cells)
+    for rows, _, near in order.passes:
+        if near is not None:
+            where = torch.from_numpy(order.order[rows])
+            sums[:, :, where] = arranged[:, :, torch.from_numpy(near)].sum(2)
+    return sums.view_as(values_NCij)
+
+
+def _by_refinement(weights_RC: Tensor, order: Interlacing, like_NCij: Tensor) -> Tensor:
+    """The weight of each channel and cell, ``[C, i, j]``; zero in the cells that are coded first."""
+    steps = torch.full((order.size,), len(weights_RC))
+    for rows, step, _ in order.passes:
+        steps[torch.from_numpy(order.order[rows])] = step
+    cells = F.pad(weights_RC, (0, 0, 0, 1))[steps].T
+    return cells.reshape(like_NCij.shape[1:])
 
 
 def _log_mass(centre: Tensor, half: float, mean: Tensor, scale: Tensor) -> Tensor:
@@ -189,33 +232,52 @@ def fit_tables(
     Returns:
         Validated tables.
     """
-    rng = np.random.default_rng(seed)
-    fitted = []
-    for state in range(num_states):
-        live = _live_channels(tiles, state, num_states)
-        context = _StateContext(groups, state, live, _Whitening(tiles, state, num_states, live))
-        others = [p for name, p in context.named_parameters() if name != "whitened"]
-        rates: list[dict[str, Any]] = [
-            {"params": [context.whitened], "lr": WHITENED_RATE},
-            {"params": others, "lr": OTHER_RATE},
-        ]
-        optimiser = torch.optim.Adam(rates, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        total = 0.0
-        for step in range(steps):
-            chosen = rng.choice(len(tiles), size=min(batch, len(tiles)), replace=False)
-            levels = _levels([tiles[i] for i in chosen], state, num_states)
-            bits = context(*(level[:, live] for level in levels))
-            loss = bits.sum((1, 2, 3)).mean() / (tiles[0].shape[0] * tiles[0].shape[1])
-            optimiser.zero_grad(set_to_none=True)
-            (loss / len(live)).backward()
-            optimiser.step()
-            schedule.step()
-            total += max(0.05, 1 / (step + 1)) * (float(loss.detach()) - total)
-        if report is not None:
-            report(f"state {state}: {total:.4f} bits per cell under the fitted contexts")
-        fitted.append(context)
+    fitted = [
+        _fit_state(
+            tiles, state, num_states, groups, steps=steps, batch=batch, seed=seed, report=report
+        )
+        for state in range(num_states)
+    ]
     return _freeze(fitted, tiles, num_states, groups, report)
+
+
+def _fit_state(
+    tiles: Sequence[Symbols],
+    state: int,
+    num_states: int,
+    groups: Sequence[int],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    report: Callable[[str], None] | None,
+) -> _StateContext:
+    rng = np.random.default_rng([seed, state])
+    live = _live_channels(tiles, state, num_states)
+    context = _StateContext(groups, state, live, _Whitening(tiles, state, num_states, live))
+    matrices = ("whitened", "group_near")
+    others = [p for name, p in context.named_parameters() if name not in matrices]
+    rates: list[dict[str, Any]] = [
+        {"params": [context.whitened], "lr": WHITENED_RATE},
+        {"params": [context.group_near], "lr": NEAR_RATE},
+        {"params": others, "lr": OTHER_RATE if state else COARSEST_RATE},
+    ]
+    optimiser = torch.optim.Adam(rates, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    total = 0.0
+    for step in range(steps):
+        chosen = rng.choice(len(tiles), size=min(batch, len(tiles)), replace=False)
+        levels = _levels([tiles[i] for i in chosen], state, num_states)
+        bits = context(*(level[:, live] for level in levels))
+        loss = bits.sum((1, 2, 3)).mean() / (tiles[0].shape[0] * tiles[0].shape[1])
+        optimiser.zero_grad(set_to_none=True)
+        (loss / len(live)).backward()
+        optimiser.step()
+        schedule.step()
+        total += max(0.05, 1 / (step + 1)) * (float(loss.detach()) - total)
+    if report is not None:
+        report(f"state {state}: {total:.4f} bits per cell under the fitted contexts")
+    return context
 
 
 def _live_channels(tiles: Sequence[Symbols], state: int, num_states: int) -> Tensor:
@@ -243,8 +305,8 @@ def _freeze(
     groups: Sequence[int],
     report: Callable[[str], None] | None,
 ) -> ContextTables:
-    channels = groups[-1]
-    integers = [_integers(context, channels) for context in fitted]
+    channels, steps = groups[-1], max(context.depth for context in fitted)
+    integers = [_integers(context, channels, steps) for context in fitted]
     weights = {name: np.stack([state[name] for state in integers]) for name in integers[0]}
     # Before the levels are divided, tables tell the classes of parent and offset alone.
     undivided = np.zeros((num_states, SPREAD_LEVELS), np.uint8)
@@ -252,6 +314,7 @@ def _freeze(
     uniform = [_distributions(np.ones((classes, num_symbols(k)))) for k in range(num_states)]
     tables = ContextTables(
         **weights,
+        depths=tuple(context.depth for context in fitted),
         groups=tuple(groups),
         spread_buckets=undivided,
         offset_edges=OFFSET_EDGES,
@@ -293,9 +356,15 @@ def recount(
     return dataclasses.replace(tables, spread_buckets=divided, frequencies=tuple(frequencies))
 
 
-def _integers(context: _StateContext, channels: int) -> dict[str, npt.NDArray[np.float32]]:
-    """The weights of a state in integers, for all channels. Those that do not live have table 0."""
+def _integers(
+    context: _StateContext, channels: int, steps: int
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The weights of a state in integers, for all channels and ``steps`` refinements.
+
+    Channels that do not live have table 0.
+    """
     live = context.live.numpy()
+    each = np.ix_(np.arange(context.depth), live)
     square = np.ix_(live, live)
 
     def everywhere(
@@ -316,10 +385,13 @@ def _integers(context: _StateContext, channels: int) -> dict[str, npt.NDArray[np
         "spread_bias": everywhere(bias, SPREAD_UNIT, zeros(channels)),
         "spread_parent": everywhere(parent, SPREAD_UNIT, zeros(channels, channels), square),
         "spread_around": everywhere(around, SPREAD_UNIT, zeros(channels, channels), square),
-        "spread_current": everywhere(current, SPREAD_UNIT, zeros(channels, channels), square),
-        "spread_sides": everywhere(context.sides, SPREAD_UNIT, zeros(channels)),
+        "spread_current": everywhere(
+            current + context.beside, SPREAD_UNIT, zeros(channels, channels), square
+        ),
+        "spread_step": everywhere(context.step, SPREAD_UNIT, zeros(steps, channels), each),
+        "spread_near": everywhere(context.near, SPREAD_UNIT, zeros(steps, channels), each),
         "offset_parent": everywhere(context.offset, OFFSET_UNIT, in_the_middle),
-        "offset_sides": everywhere(context.offset_sides, OFFSET_UNIT, zeros(channels)),
+        "offset_near": everywhere(context.offset_near, OFFSET_UNIT, zeros(steps, channels), each),
     }
 
 

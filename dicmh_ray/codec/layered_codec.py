@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bitstream
 from dicmh_ray.codec import Precision, Quality, TaggedStream, TagScore
-from dicmh_ray.codec.checkpoint import LATENT_UNIT, LAYERED_CODER, TAGGER_FILE, Checkpoint
+from dicmh_ray.codec.checkpoint import LATENT_UNIT, LAYERED_CODERS, TAGGER_FILE, Checkpoint
 from dicmh_ray.codec.contexts import Symbols
 from dicmh_ray.codec.device import find_device
 from dicmh_ray.codec.framing import framed, header_of
@@ -384,9 +384,10 @@ def load_layered_codec(
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}, wanted {' or '.join(get_args(Precision))}")
     found = find_device(device)
-    if content.config.get("coder") != LAYERED_CODER:
-        coder = content.config.get("coder")
-        raise WeightsError(content.name, f"coder is {coder!r}, wanted {LAYERED_CODER!r}")
+    coder = content.config.get("coder")
+    if coder not in LAYERED_CODERS:
+        wanted = " or ".join(map(repr, LAYERED_CODERS))
+        raise WeightsError(content.name, f"coder is {coder!r}, wanted {wanted}")
     try:
         network = CodecNetwork(NetworkConfig.from_dict(content.config["network"]))
         weights = safetensors.torch.load(content.files["weights.safetensors"])

@@ -1,8 +1,9 @@
 """Reference decoder of bitstream v1 with the layered coder: bytes -> symbols -> dequantised latent.
 
 One file, numpy only, written to be read: it travels with every archive so that the latents can be
-recovered without this package. It follows schemas/bitstream.v1.md and layered-payload.v1.md step by
+recovered without this package. It follows schemas/bitstream.v1.md and layered-payload.v2.md step by
 step in 64-bit integers, several hundred times slower than the package, and checks every checksum.
+Payloads of version 1 are those of version 2 with other tables (:func:`as_second_layout`).
 
     python reference_decoder.py CHECKPOINT_DIR STREAM OUT.npy [STATES]
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-CODER = "layered/1"
+CODERS = ("layered/1", "layered/2")
 RATIO, PRECISION_BITS, TILE, CELL = 3, 24, 64, 16
 MAX_MAGNITUDE, MAX_VALUE, SPREAD_LEVELS, OFFSET_UNIT, COARSEST_LIMIT = 15, 511, 4096, 128, 32
 
@@ -95,11 +96,45 @@ def sides_and_corners(values: Any) -> tuple[Any, Any]:
     return sides, corners
 
 
+def as_second_layout(tables: dict[str, Any]) -> dict[str, Any]:
+    """Tables of layout 1, which have one refinement, from sides of the same channel, as layout 2."""
+    if "depths" in tables:
+        return tables
+    states, channels = tables["spread_bias"].shape
+    group = np.searchsorted(tables["groups"], np.arange(channels), side="right")
+    return {
+        **tables,
+        "depths": np.ones(states, np.int64),
+        "spread_current": tables["spread_current"] * (group < group[:, None]),
+        "spread_step": np.zeros((states, 1, channels), np.int64),
+        "spread_near": tables["spread_sides"][:, None],
+        "offset_near": tables["offset_sides"][:, None],
+    }
+
+
+def refinement(i: int, j: int, depth: int) -> int:
+    """In which refinement, counted from the last, a cell is coded; ``depth`` if before all."""
+    if not i | j:
+        return depth
+    lowest = (i | j) & -(i | j)
+    is_middle = bool(i & lowest and j & lowest)
+    return min(2 * (lowest.bit_length() - 1) + is_middle, depth)
+
+
+def near_sums(values: Any, step: int) -> Any:
+    """Sums over the four near cells of a refinement, zero beyond the edge; [C, rows, columns]."""
+    d = 1 << step // 2
+    rows, columns = values.shape[1:]
+    p = np.pad(values, ((0, 0), (d, d), (d, d)))
+    ways = ((0, 0), (0, 2), (2, 0), (2, 2)) if step % 2 else ((0, 1), (2, 1), (1, 0), (1, 2))
+    return sum(p[:, a * d : a * d + rows, b * d : b * d + columns] for a, b in ways)
+
+
 def decode_tile(
     tables: dict[str, Any], state: int, parent: Any, payload: bytes
 ) -> tuple[Any, bytes]:
     """Symbols int64 [C, rows, columns] of one state of one tile."""
-    t, (rows, columns) = tables, parent.shape[1:]
+    t, (rows, columns) = as_second_layout(tables), parent.shape[1:]
     channels = t["spread_bias"].shape[1]
     active = struct.unpack_from("<H", payload)[0]
     coder = Ans(payload[2:])
@@ -127,22 +162,28 @@ def decode_tile(
         group = spread[first:last] + np.tensordot(
             t["spread_current"][state][first:last, :first], earlier, 1
         )
-        for parity in (0, 1):
-            near, near_magnitude = np.zeros_like(current), np.zeros_like(current)
-            if parity:
-                near = sides_and_corners(np.clip(current, -MAX_VALUE, MAX_VALUE))[0]
-                near_magnitude = sides_and_corners(np.minimum(np.abs(current), MAX_MAGNITUDE))[0]
+        depth = int(t["depths"][state])
+        for step in reversed(range(depth + 1)):
+            if step < depth:
+                near = near_sums(np.clip(current, -MAX_VALUE, MAX_VALUE), step)
+                near_magnitude = near_sums(np.minimum(np.abs(current), MAX_MAGNITUDE), step)
+                beside = np.tensordot(
+                    t["spread_current"][state][first:last, first:last],
+                    near_magnitude[first:last],
+                    1,
+                )
             coded: list[tuple[Any, ...]] = []
             for c in range(first, last):
                 for i in range(rows):
                     for j in range(columns):
-                        if (i + j) % 2 != parity:
+                        if refinement(i, j, depth) != step:
                             continue
                         level = group[c - first, i, j]
                         place = offset[c, i, j]
-                        if parity:
-                            level += t["spread_sides"][state][c] * near_magnitude[c, i, j]
-                            place += t["offset_sides"][state][c] * near[c, i, j]
+                        if step < depth:
+                            level += t["spread_step"][state, step, c] + beside[c - first, i, j]
+                            level += t["spread_near"][state, step, c] * near_magnitude[c, i, j]
+                            place += t["offset_near"][state, step, c] * near[c, i, j]
                         up = parent[c, i, j]
                         base = (place + OFFSET_UNIT // 2) // OFFSET_UNIT if state == 0 else 3 * up
                         shift = place - OFFSET_UNIT * base
@@ -167,8 +208,9 @@ def decode_symbols(
 ) -> tuple[dict[str, Any], Any, int]:
     """Config and symbols int64 [C, h, w] of the last wanted state, and the number of states."""
     config = json.loads((Path(checkpoint) / "config.json").read_text())
-    if config.get("coder") != CODER:
-        raise SystemExit(f"payloads are {config.get('coder')!r}, this decoder reads {CODER!r}")
+    if config.get("coder") not in CODERS:
+        known = " and ".join(CODERS)
+        raise SystemExit(f"payloads are {config.get('coder')!r}, this decoder reads {known}")
     tables = read_safetensors(Path(checkpoint) / "tables.safetensors")
     _, width, height, states = read_frame(data)
     rows, columns = -(-height // CELL), -(-width // CELL)

@@ -1,9 +1,9 @@
 """Nested symbols <-> bytes: ANS over frozen integer tables that :mod:`dicmh_ray.codec.contexts` chooses.
 
-In each pass the symbols are grouped by table, so that the coder runs over long stretches of one
-table. Nearly all symbols have table 0 and equal their base: their stretch is made as a whole, and
-only the exceptions in it and the busy symbols, those of other tables, are touched one by one.
-Payload layout and arithmetic: ``schemas/layered-payload.v1.md``. Needs numpy and constriction, not
+In each pass the symbols are coded in the order of their tables. Nearly all have table 0 and equal
+their base: they are made as a whole, and only the exceptions among them and the busy symbols, those
+of other tables, are touched one by one.
+Payload layout and arithmetic: ``schemas/layered-payload.v2.md``. Needs numpy and constriction, not
 torch.
 """
 
@@ -19,7 +19,6 @@ from dicmh_ray.codec.contexts import (
     ContextModel,
     Pass,
     Symbols,
-    checkerboard,
     last_nonzero_channel,
 )
 from dicmh_ray.codec.tables import RATIO, ContextTables, Floats, num_symbols
@@ -34,6 +33,10 @@ REACH_UNIT = 128
 
 MAX_SYMBOL = 32_766
 """Largest magnitude of a finest symbol: int16 holds it and the next."""
+
+
+Tables = npt.NDArray[np.unsignedinteger[Any]]
+"""Rows of a state's frequency tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,11 @@ class SymbolCoder:
         self.contexts = ContextModel(tables)
         # Integer weights that sum to 2**24 - n make constriction's float arithmetic exact: symbol
         # s gets the cumulative frequency sum(w[:s]) + s, that is sum(frequencies[:s]).
-        self._models = [
-            [
-                constriction.stream.model.Categorical((row - 1).astype(np.float64), perfect=False)
-                for row in table
-            ]
-            for table in tables.frequencies
-        ]
+        self._weights = [(table - 1).astype(np.float64) for table in tables.frequencies]
+        categorical = constriction.stream.model.Categorical
+        self._quiet = [categorical(table[0], perfect=False) for table in self._weights]
+        # The same models, one for each symbol; the first is the faster encoder, the other decoder.
+        self._busy_encoder, self._busy_decoder = categorical(perfect=False), categorical(lazy=True)
         self._least_reaches = _least_reaches(tables.frequencies[-1])
 
     def encode(self, latent: RoundedLatent) -> list[CodedTile]:
@@ -122,12 +123,12 @@ class SymbolCoder:
         if words.size and words[-1] == 0:
             raise SymbolError(section, "the last word is zero")
         coder = constriction.stream.stack.AnsCoder(words)
-        models, middle = self._models[state], num_symbols(state) // 2
+        middle = num_symbols(state) // 2
 
         def visit(step: Pass) -> Symbols:
             symbols = step.base.copy()
             if step.busy.size < symbols.size:
-                quiet = coder.decode(models[0], symbols.size - step.busy.size)
+                quiet = coder.decode(self._quiet[state], symbols.size - step.busy.size)
                 exceptions = (quiet != middle).nonzero()[0]
                 residuals = (quiet[exceptions] - middle).astype(np.int16)
                 # Places among the quiet symbols -> places among all: busy ones lie before an
@@ -135,11 +136,11 @@ class SymbolCoder:
                 quiet_before = step.busy - np.arange(step.busy.size)
                 exceptions += np.searchsorted(quiet_before, exceptions, "right")
                 step.add(symbols, exceptions, residuals)
-            order, runs = _runs(step.busy_tables)
-            busy = np.empty(order.size, np.int16)
-            for table, start, stop in runs:
-                busy[order[start:stop]] = coder.decode(models[table], stop - start)
-            step.add(symbols, step.busy, busy - np.int16(middle))
+            if step.busy.size:
+                order = step.busy_tables.argsort(kind="stable")
+                weights = self._weights[state].take(step.busy_tables[order], 0)
+                busy = coder.decode(self._busy_decoder, weights).astype(np.int16)
+                step.add(symbols, step.busy[order], busy - np.int16(middle))
             return symbols
 
         symbols = self.contexts.walk(state, parent, shape, active, visit)
@@ -153,11 +154,11 @@ class SymbolCoder:
         """Code a state as it is, or, with the reaches, without what is not worth its bits."""
         active = last_nonzero_channel(_added(symbols, parent))
         rows, columns, _ = symbols.shape
-        grid = checkerboard(rows, columns)
+        grid = self.contexts.order(state, (rows, columns))
         cells = grid.arrange(symbols)
         distances = None if reaches is None else grid.arrange(reaches)
         middle = num_symbols(state) // 2
-        runs: list[tuple[int, npt.NDArray[np.int32]]] = []
+        passes: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Tables]] = []
 
         def visit(step: Pass) -> Symbols:
             wanted = cells[step.rows, step.channels].copy()
@@ -167,21 +168,23 @@ class SymbolCoder:
             places = exceptions - np.searchsorted(step.busy, exceptions)
             quiet = np.full(wanted.size - step.busy.size, middle, np.int32)
             quiet[places] += step.residuals(wanted, exceptions)
-            order, stretches = _runs(step.busy_tables)
+            order = step.busy_tables.argsort(kind="stable")
             busy = step.residuals(wanted, step.busy[order]).astype(np.int32) + middle
             if state == 0:  # nested symbols differ from thrice their parents by one at most
                 for codes in (quiet, busy):
                     if np.abs(codes - middle).max(initial=0) > middle:
                         raise EncodeError("a symbol of state 0 is too far from its prediction")
-            if quiet.size:
-                runs.append((0, quiet))
-            runs.extend([(table, busy[start:stop]) for table, start, stop in stretches])
+            passes.append((quiet, busy, step.busy_tables[order]))
             return wanted
 
         symbols = self.contexts.walk(state, parent, (rows, columns), active, visit)
         coder = constriction.stream.stack.AnsCoder()
-        for table, stretch in reversed(runs):
-            coder.encode_reverse(stretch, self._models[state][table])
+        for quiet, busy, tables in reversed(passes):
+            if busy.size:
+                weights = self._weights[state].take(tables, 0)
+                coder.encode_reverse(busy, self._busy_encoder, weights)
+            if quiet.size:
+                coder.encode_reverse(quiet, self._quiet[state])
         words = coder.get_compressed().astype("<u4").tobytes()
         payload = active.to_bytes(2, "little") + words
         return CodedTile(payload, symbols, _refinement(_added(symbols, parent), active))
@@ -253,15 +256,3 @@ def _added(symbols: Symbols, parent: Symbols | None) -> Symbols:
 def _refinement(added: Symbols, active: int) -> bytes:
     """What a state adds in its active channels, as int8 in row, column, channel order."""
     return added[:, :, :active].astype(np.int8).tobytes()
-
-
-def _runs(
-    tables: npt.NDArray[np.unsignedinteger[Any]],
-) -> tuple[npt.NDArray[np.intp], list[tuple[int, int, int]]]:
-    """Order symbols by table, stably; and the stretches of one table: table, start, stop."""
-    order = tables.argsort(kind="stable")
-    counts = np.bincount(tables)
-    used = counts.nonzero()[0]
-    stops = counts[used].cumsum()
-    starts = stops - counts[used]
-    return order, list(zip(used.tolist(), starts.tolist(), stops.tolist(), strict=True))

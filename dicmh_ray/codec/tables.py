@@ -45,23 +45,29 @@ NUM_PARENT_CLASSES = 3
 EXACT_LIMIT = float(1 << 24)
 """Sums of integers below this magnitude are exact in float32."""
 
+MAX_DEPTH = 12
+"""Refinements of the finest lattice that is coded first: a tile of 64x64 cells has no more."""
+
 WEIGHTS = (
     "spread_bias",
     "spread_parent",
     "spread_around",
     "spread_current",
-    "spread_sides",
+    "spread_step",
+    "spread_near",
     "offset_parent",
-    "offset_sides",
+    "offset_near",
 )
 """Fields of :class:`ContextTables` that sums are made with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextTables:
-    """The integers of one checkpoint's entropy model; K states, C channels.
+    """The integers of one checkpoint's entropy model; K states, C channels, R refinements at most.
 
-    Weights are integers held as float32, ready for exact matrix products.
+    Weights are integers held as float32, ready for exact matrix products. A refinement, counted
+    from the last, codes cells between four that are coded already, its near cells
+    (:mod:`dicmh_ray.codec.contexts`).
     """
 
     spread_bias: Floats
@@ -74,16 +80,24 @@ class ContextTables:
     """``[K, C, C]``: weight of the parent magnitudes around, sides twice, corners once."""
 
     spread_current: Floats
-    """``[K, C, C]``: weight of this state's magnitudes of earlier groups at the same place."""
+    """``[K, C, C]``: weight of this state's magnitudes of channel b for channel a: at the same place
+    where b is of an earlier group, in the near cells where it is of the same one."""
 
-    spread_sides: Floats
-    """``[K, C]``: weight of this state's four side neighbours, in the second pass."""
+    spread_step: Floats
+    """``[K, R, C]``: added in a refinement."""
+
+    spread_near: Floats
+    """``[K, R, C]``: weight of a channel's own magnitudes in the near cells, in a refinement; added
+    to that in ``spread_current``."""
 
     offset_parent: Floats
     """``[K, C, 3]``: weights of the parent itself, its side and its corner neighbours."""
 
-    offset_sides: Floats
-    """``[K, C]``: weight of the sum of this state's four side neighbours, in the second pass."""
+    offset_near: Floats
+    """``[K, R, C]``: weight of the sum of a channel's near cells, in a refinement."""
+
+    depths: tuple[int, ...]
+    """Refinements of each state, ``0 .. R``."""
 
     groups: tuple[int, ...]
     """First channel of each group, and C at the end."""
@@ -136,12 +150,14 @@ class ContextTables:
             np.abs(self.spread_bias)
             + MAX_MAGNITUDE * np.abs(self.spread_parent).sum(2)
             + 12 * MAX_MAGNITUDE * np.abs(self.spread_around).sum(2)
-            + MAX_MAGNITUDE * np.abs(self.spread_current).sum(2)
-            + 4 * MAX_MAGNITUDE * np.abs(self.spread_sides)
+            + 4 * MAX_MAGNITUDE * np.abs(self.spread_current).sum(2)
+            + (np.abs(self.spread_step) + 4 * MAX_MAGNITUDE * np.abs(self.spread_near)).max(
+                1, initial=0
+            )
         )
         offset = MAX_VALUE * (
             np.abs(self.offset_parent) @ np.array([1, 4, 4], np.float32)
-            + 4 * np.abs(self.offset_sides)
+            + 4 * np.abs(self.offset_near).max(1, initial=0)
         )
         for sums in (spread, offset):
             if not sums.max() < EXACT_LIMIT:
@@ -156,23 +172,30 @@ class ContextTables:
             raise WeightsError(name, f"channel groups end at {self.groups[-1]}")
         if tuple(sorted(set(self.offset_edges))) != self.offset_edges:
             raise WeightsError(name, f"offset edges are {self.offset_edges}, wanted ascending ones")
+        steps = self.spread_step.shape[1]
+        if not all(0 <= depth <= min(steps, MAX_DEPTH) for depth in self.depths):
+            raise WeightsError(name, f"depths are {self.depths}, with weights for {steps}")
 
     def _check_shapes(self, name: str) -> None:
         states, channels = self.spread_bias.shape if self.spread_bias.ndim == 2 else (0, 0)
+        steps = self.spread_step.shape[1] if self.spread_step.ndim == 3 else 0
         wanted = {
             "spread_bias": (states, channels),
             "spread_parent": (states, channels, channels),
             "spread_around": (states, channels, channels),
             "spread_current": (states, channels, channels),
-            "spread_sides": (states, channels),
+            "spread_step": (states, steps, channels),
+            "spread_near": (states, steps, channels),
             "offset_parent": (states, channels, 3),
-            "offset_sides": (states, channels),
+            "offset_near": (states, steps, channels),
             "spread_buckets": (states, SPREAD_LEVELS),
         }
         for field, shape in wanted.items():
             found = getattr(self, field).shape
             if found != shape or 0 in shape:
                 raise WeightsError(name, f"{field} is {list(found)}, wanted {list(shape)}")
+        if len(self.depths) != states:
+            raise WeightsError(name, f"{len(self.depths)} depths, wanted {states}")
         if len(self.frequencies) != states:
             raise WeightsError(name, f"{len(self.frequencies)} frequency tables, wanted {states}")
         for state, table in enumerate(self.frequencies):
@@ -180,10 +203,11 @@ class ContextTables:
                 raise WeightsError(name, f"frequencies_{state} is {list(table.shape)}")
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Named arrays for ``tables.safetensors``; weights as int16."""
+        """Named arrays for ``tables.safetensors``, layout 2; weights as int16."""
         arrays: dict[str, npt.NDArray[Any]] = {
             name: getattr(self, name).astype(np.int16) for name in WEIGHTS
         }
+        arrays["depths"] = np.array(self.depths, np.int32)
         arrays["groups"] = np.array(self.groups, np.int32)
         arrays["spread_buckets"] = self.spread_buckets
         arrays["offset_edges"] = np.array(self.offset_edges, np.int32)
@@ -193,16 +217,19 @@ class ContextTables:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], name: str) -> "ContextTables":
-        """Rebuild and validate what :meth:`to_arrays` gave.
+        """Rebuild and validate what :meth:`to_arrays` gave, or an earlier version's (layout 1).
 
         Raises:
             WeightsError: an array is missing or breaks an invariant.
         """
         try:
+            if "depths" not in arrays:
+                arrays = _from_first_layout(arrays)
             weights = {field: np.ascontiguousarray(arrays[field], np.float32) for field in WEIGHTS}
             tables = cls(
                 **weights,
-                groups=tuple(int(g) for g in arrays["groups"]),
+                depths=tuple(int(d) for d in arrays["depths"].reshape(-1)),
+                groups=tuple(int(g) for g in arrays["groups"].reshape(-1)),
                 spread_buckets=np.ascontiguousarray(arrays["spread_buckets"], np.uint8),
                 offset_edges=tuple(int(e) for e in arrays["offset_edges"]),
                 frequencies=tuple(
@@ -212,8 +239,24 @@ class ContextTables:
             )
         except KeyError as exc:
             raise WeightsError(name, f"table {exc} is missing") from exc
+        except (ValueError, IndexError) as exc:
+            raise WeightsError(name, f"tables do not fit together: {exc}") from exc
         tables.validate(name)
         return tables
+
+
+def _from_first_layout(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Layout 1, one refinement from sides alone that knows its own channel's, as layout 2 says it."""
+    near = {"spread_near": arrays["spread_sides"], "offset_near": arrays["offset_sides"]}
+    groups, current = arrays["groups"].reshape(-1), arrays["spread_current"]
+    group = np.searchsorted(groups, np.arange(current.shape[-1]), side="right")
+    return {
+        **arrays,
+        **{name: np.expand_dims(weights, 1) for name, weights in near.items()},
+        "spread_step": np.zeros_like(arrays["spread_sides"])[:, None],
+        "spread_current": current * (group[None, :] < group[:, None]),
+        "depths": np.ones(len(arrays["spread_bias"]), np.int32),
+    }
 
 
 def num_symbols(state: int) -> int:

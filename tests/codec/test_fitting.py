@@ -55,8 +55,11 @@ def test_no_division_is_cheaper() -> None:
 
 def test_nothing_counts_that_is_decoded_later(tables: ContextTables) -> None:
     for first, last in itertools.pairwise(GROUPS):
-        assert not tables.spread_current[:, first:last, first:].any()
+        assert not tables.spread_current[:, first:last, last:].any()
     assert tables.spread_current.any()
+    assert tables.depths == (6, 4, 4)
+    assert tables.spread_near.any()
+    assert tables.offset_near.any()
 
 
 def test_a_neighbourhood_tells_what_it_holds(tables: ContextTables) -> None:

@@ -14,6 +14,7 @@ import torch
 from dicmh_ray.bitstream import Header, State, parse_bitstream, prefix_bytes, write_bitstream
 from dicmh_ray.codec import layered_codec, load_codec, read_checkpoint, reference_decoder
 from dicmh_ray.codec.layered_codec import LayeredCodec
+from dicmh_ray.codec.symbols import as_rounded
 from dicmh_ray.errors import (
     BitstreamError,
     CodecMismatchError,
@@ -22,7 +23,7 @@ from dicmh_ray.errors import (
     SymbolError,
     WeightsError,
 )
-from tests.golden.make_golden import digest
+from tests.golden.make_golden import CHECKPOINTS, digest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -218,17 +219,41 @@ def test_a_latent_that_is_not_finite_is_refused(
         encode(codec, picture(32, 32))
 
 
-def test_golden_streams_decode_to_their_symbols_and_pixels(codec: LayeredCodec) -> None:
-    expected = json.loads((GOLDEN / "bitstream_v1" / "expected.json").read_text())
+@pytest.mark.parametrize("folder", CHECKPOINTS)
+def test_golden_streams_decode_to_their_symbols_and_pixels(folder: str) -> None:
+    codec = load_codec(GOLDEN / CHECKPOINTS[folder], device="cpu")
+    assert isinstance(codec, LayeredCodec)
+    expected = json.loads((GOLDEN / folder / "expected.json").read_text())
     assert len(expected["streams"]) >= 8
     assert codec.codec_id == expected["codec_id"]
     for name, wanted in expected["streams"].items():
-        data = (GOLDEN / "bitstream_v1" / f"{name}.dicm").read_bytes()
+        data = (GOLDEN / folder / f"{name}.dicm").read_bytes()
         for count, state in enumerate(wanted["states"], 1):
             symbols = codec._decode_symbols(data, count)[1]
             assert digest(symbols) == state["symbols_sha256"], (name, count)
             pixels = codec.decode([data], states=count)[0]
             assert abs(float(pixels.mean()) - state["mean"]) < 0.05, (name, count)
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS)
+def test_golden_symbols_are_coded_to_golden_payloads(folder: str) -> None:
+    codec = load_codec(GOLDEN / CHECKPOINTS[folder], device="cpu")
+    assert isinstance(codec, LayeredCodec)
+    for name in ("landscape", "odd", "flat"):
+        data = (GOLDEN / folder / f"{name}.dicm").read_bytes()
+        symbols = codec._decode_symbols(data, None)[1]
+        coded = codec._coder.encode(as_rounded(symbols))
+        assert [t.payload for t in coded] == [s.payload for s in parse_bitstream(data).states]
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS)
+def test_the_reference_decoder_reads_golden_streams(folder: str) -> None:
+    expected = json.loads((GOLDEN / folder / "expected.json").read_text())
+    for name in ("odd", "noise"):
+        data = (GOLDEN / folder / f"{name}.dicm").read_bytes()
+        _, symbols, count = reference_decoder.decode_symbols(GOLDEN / CHECKPOINTS[folder], data)
+        wanted = expected["streams"][name]["states"][count - 1]["symbols_sha256"]
+        assert digest(np.moveaxis(symbols, 0, 2)) == wanted
 
 
 def test_a_checkpoint_is_what_its_files_are(tmp_path: Path) -> None:
@@ -249,7 +274,7 @@ def test_a_checkpoint_is_what_its_files_are(tmp_path: Path) -> None:
 def test_a_checkpoint_carries_the_formats_and_a_reference_decoder() -> None:
     schemas = Path(__file__).parents[2] / "schemas"
     files = read_checkpoint(GOLDEN / "checkpoint").files
-    for name in ("bitstream.v1.md", "layered-payload.v1.md"):
+    for name in ("bitstream.v1.md", "layered-payload.v1.md", "layered-payload.v2.md"):
         assert files[f"formats/{name}"] == (schemas / name).read_bytes(), name
     assert b"def decode_symbols(" in files["reference_decoder.py"]
 
@@ -284,10 +309,10 @@ def altered_checkpoint(
 
 
 def test_payloads_of_another_layout_are_refused(tmp_path: Path) -> None:
-    altered = altered_checkpoint(tmp_path, {"coder": "layered/2"})
-    with pytest.raises(WeightsError, match="coder is 'layered/2', wanted 'layered/1'"):
+    altered = altered_checkpoint(tmp_path, {"coder": "layered/3"})
+    with pytest.raises(WeightsError, match="'layered/3', wanted 'layered/1' or 'layered/2'"):
         load_codec(altered)
-    with pytest.raises(SystemExit, match="payloads are 'layered/2'"):
+    with pytest.raises(SystemExit, match="payloads are 'layered/3'"):
         reference_decoder.decode_symbols(altered, b"")
 
 
@@ -307,7 +332,7 @@ def test_a_quantiser_step_that_is_none_is_refused(tmp_path: Path, step: object) 
         ("frequencies_0", lambda a: a[0], "frequencies_0 is"),
         ("groups", lambda a: a[:0], "groups"),
         ("spread_around", lambda a: a + np.float32(0.5), "spread_around has weights"),
-        ("spread_sides", lambda a: a + np.float32(0.5), "spread_sides has weights"),
+        ("spread_sides", lambda a: a + np.float32(0.5), "spread_near has weights"),
         ("offset_edges", lambda a: a[::-1], "offset edges"),
     ],
 )

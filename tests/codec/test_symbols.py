@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dicmh_ray import codec
 from dicmh_ray.codec import reference_decoder
+from dicmh_ray.codec.contexts import interlaced
 from dicmh_ray.codec.symbols import (
     MAX_SYMBOL,
     REACH_UNIT,
@@ -23,13 +24,15 @@ from dicmh_ray.codec.symbols import (
 from dicmh_ray.codec.tables import COARSEST_LIMIT, MAX_VALUE, PRECISION, ContextTables
 from dicmh_ray.errors import DicmhError, EncodeError, SymbolError, WeightsError
 
-TABLES = Path(__file__).parents[1] / "golden" / "checkpoint" / "tables.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden"
+TABLES = GOLDEN / "checkpoint_v2" / "tables.safetensors"
+FIRST_TABLES = GOLDEN / "checkpoint" / "tables.safetensors"
 SHIPPED_TABLES = Path(codec.__file__).parent / "checkpoints" / "default" / "tables.safetensors"
 
 
-@pytest.fixture(scope="module")
-def tables() -> ContextTables:
-    return ContextTables.from_arrays(safetensors.numpy.load_file(TABLES), "golden")
+@pytest.fixture(scope="module", params=[FIRST_TABLES, TABLES], ids=["layout 1", "layout 2"])
+def tables(request: pytest.FixtureRequest) -> ContextTables:
+    return ContextTables.from_arrays(safetensors.numpy.load_file(request.param), "golden")
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +209,54 @@ def test_tables_that_break_an_invariant_are_refused(
         spoiled.validate("spoiled")
 
 
-def test_a_missing_table_is_named() -> None:
-    arrays = safetensors.numpy.load_file(TABLES)
-    del arrays["offset_sides"]
-    with pytest.raises(DicmhError, match="offset_sides"):
+@pytest.mark.parametrize(
+    ("path", "name"), [(FIRST_TABLES, "offset_sides"), (TABLES, "offset_near")]
+)
+def test_a_missing_table_is_named(path: Path, name: str) -> None:
+    arrays = safetensors.numpy.load_file(path)
+    del arrays[name]
+    with pytest.raises(DicmhError, match=name):
         ContextTables.from_arrays(arrays, "cut")
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (4, 72), (3, 71)])
+def test_first_tables_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    arrays = safetensors.numpy.load_file(FIRST_TABLES)
+    arrays["spread_sides"] = np.zeros(shape, np.int16)
+    with pytest.raises(WeightsError):
+        ContextTables.from_arrays(arrays, "spoiled")
+
+
+@pytest.mark.parametrize("depths", [(4,), (1, 2, -1), (1, 2, 9)])
+def test_depths_that_do_not_fit_are_refused(tables: ContextTables, depths: tuple[int, ...]) -> None:
+    with pytest.raises(WeightsError, match="depths"):
+        dataclasses.replace(tables, depths=depths).validate("spoiled")
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=st.integers(1, 20), columns=st.integers(1, 20), depth=st.integers(0, 8))
+def test_every_cell_is_coded_once_and_after_its_near_cells(
+    rows: int, columns: int, depth: int
+) -> None:
+    order = interlaced(rows, columns, depth)
+    assert sorted(order.order.tolist()) == list(range(rows * columns))
+    assert [r.start for r, _, _ in order.passes] == [
+        0,
+        *(r.stop for r, _, _ in order.passes[:-1]),
+    ]
+    for where, step, near in order.passes:
+        distance = 1 << step // 2
+        for place, cell in enumerate(order.order[where].tolist()):
+            i, j = divmod(cell, columns)
+            assert step == reference_decoder.refinement(i, j, depth)
+            if near is None:
+                assert step == depth
+                continue
+            wanted = set()
+            for a, b in ((-1, -1), (-1, 1), (1, -1), (1, 1), (-1, 0), (1, 0), (0, -1), (0, 1)):
+                y, x = i + a * distance, j + b * distance
+                if bool(a and b) == bool(step % 2) and 0 <= y < rows and 0 <= x < columns:
+                    wanted.add((y, x))
+            found = near[:, place][near[:, place] < order.size]
+            assert (found < where.start).all()
+            assert {divmod(int(order.order[n]), columns) for n in found} == wanted

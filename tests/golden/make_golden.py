@@ -1,6 +1,6 @@
-"""Write the golden streams: ``python -m tests.golden.make_golden``. Refuses to overwrite any.
+"""Write the golden streams: ``python -m tests.golden.make_golden``. Never overwrites any.
 
-A released format is read for ever: these files are never made again for version 1, only added to.
+A released format is read for ever: these files are never made again, only added to.
 """
 
 import hashlib
@@ -12,7 +12,10 @@ import numpy as np
 from dicmh_ray.codec import read_checkpoint
 from dicmh_ray.codec.layered_codec import load_layered_codec
 
-FOLDER = Path(__file__).parent / "bitstream_v1"
+GOLDEN = Path(__file__).parent
+CHECKPOINTS = {"bitstream_v1": "checkpoint", "layered_payload_v2": "checkpoint_v2"}
+"""Folder of streams -> that of the checkpoint that wrote them."""
+
 SIZES = {
     "one_pixel": (1, 1),
     "one_cell": (16, 16),
@@ -47,17 +50,15 @@ def digest(symbols: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(symbols, "<i2").tobytes()).hexdigest()
 
 
-def main() -> None:
-    codec = load_layered_codec(read_checkpoint(Path(__file__).parent / "checkpoint"), device="cpu")
-    FOLDER.mkdir(exist_ok=True)
-    expected = FOLDER / "expected.json"
-    if expected.exists():
-        raise SystemExit(f"{expected} exists: golden files are never replaced")
+def write(folder: Path, checkpoint: Path) -> None:
+    """Encode the pictures and write down what decodes."""
+    codec = load_layered_codec(read_checkpoint(checkpoint), device="cpu")
+    folder.mkdir()
     streams = {}
     for name, size in SIZES.items():
         tags = ("golden", name) if name != "flat" else ()
         data = codec.encode([picture(name, *size)], tags=[tags], exif_orientations=[1])[0]
-        (FOLDER / f"{name}.dicm").write_bytes(data)
+        (folder / f"{name}.dicm").write_bytes(data)
         states = []
         for count in range(1, codec.num_states + 1):
             pixels = codec.decode([data], states=count)[0]
@@ -65,7 +66,13 @@ def main() -> None:
             states.append({"symbols_sha256": digest(symbols), "mean": float(pixels.mean())})
         streams[name] = {"bytes": len(data), "tags": list(tags), "states": states}
     content = {"codec_id": codec.codec_id, "streams": streams}
-    expected.write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "expected.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    for folder, checkpoint in CHECKPOINTS.items():
+        if not (GOLDEN / folder).exists():
+            write(GOLDEN / folder, GOLDEN / checkpoint)
 
 
 if __name__ == "__main__":
