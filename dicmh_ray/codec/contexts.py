@@ -182,6 +182,7 @@ class ContextModel:
             # One row more than there are cells: what lies beyond the edge is zero.
             symbols = np.zeros((grid.size + 1, channels.stop - first), np.int16)
             np.multiply(parents, np.int16(RATIO), out=symbols[:-1])
+            values = np.zeros_like(symbols)
             magnitudes = np.zeros(symbols.shape, np.uint8)
             for rows, step, near in grid.passes:
                 if near is not None:
@@ -189,18 +190,17 @@ class ContextModel:
                     weights = self._near[state][group][step][:, : channels.stop - first]
                     spread[rows] += beside @ weights[1 : 1 + channels.stop - first]
                     spread[rows] += weights[0]
-                    values = grid.sums(symbols.clip(-MAX_VALUE, MAX_VALUE), near)
-                    offset[rows] += values * self._offset[state, 3 + step, channels].astype(
-                        offset.dtype
-                    )
+                    slopes = self._offset[state, 3 + step, channels].astype(offset.dtype)
+                    offset[rows] += grid.sums(values, near) * slopes
                 base, shift = symbols[rows], offset[rows]
                 if state == 0:
                     predicted = (shift + OFFSET_UNIT // 2) // OFFSET_UNIT
                     base, shift = predicted.astype(np.int16), shift - predicted * OFFSET_UNIT
                 busy = self._busy(state, spread[rows], shift, parents[rows])
                 visited = Pass(channels, rows, grid.order[rows], base, shift, spread[rows], *busy)
-                symbols[rows] = visit(visited)
-                magnitudes[rows] = _magnitudes(symbols[rows])
+                symbols[rows] = known = visit(visited)
+                values[rows] = known.clip(-MAX_VALUE, MAX_VALUE)
+                magnitudes[rows] = _magnitudes(known)
             result.reshape(grid.size, -1)[grid.order, channels] = symbols[:-1]
             if channels.stop < active:
                 start = used.size

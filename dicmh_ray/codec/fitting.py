@@ -37,10 +37,10 @@ from dicmh_ray.codec.tables import (
 SPREAD_ORIGIN = 6.0
 """Added to the fitted spread so that its useful range starts at zero."""
 
-OFFSET_EDGES = (4, 12, 24, 40, 64, 96, 128)
+OFFSET_EDGES = (8, 20, 40, 64, 96, 128)
 """Offsets, in 1/128 of a step, that separate the offset buckets."""
 
-NUM_SPREAD_BUCKETS = 24
+NUM_SPREAD_BUCKETS = 16
 
 COARSEST_DEPTH = 6
 """Refinements of state 0, which has no parents: near cells tell most of what is known."""

@@ -80,7 +80,7 @@ class TrainOptions(StageOptions):
     context_rate: float = 8.0
     """Factor on the learning rate for the rate model, which must follow the latent quickly."""
 
-    finest_lambda: float = 0.036
+    finest_lambda: float = 0.0354
     """Weight of the mean squared error (8-bit units) of the last state against bits per pixel."""
 
     structure: float = 0.65
