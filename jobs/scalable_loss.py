@@ -121,7 +121,7 @@ def main() -> None:
                 teacher=arguments.teacher,
                 report=print,
             )
-        export(network, photographs, folder / "checkpoint", provenance={}, crops=320, steps=120)
+        export(network, photographs, folder / "checkpoint", provenance={})
         alone = measure(load_codec(folder / "checkpoint"), pictures)
         result[f"state {number}"] = {
             "alone": alone[0].tolist(),

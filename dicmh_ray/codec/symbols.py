@@ -31,6 +31,9 @@ this saves, or less beyond the cell of its parent's middle. An encoder's choice,
 REACH_UNIT = 128
 """Reaches count in 1/128 of the finest step."""
 
+LONG_STRETCH = 24
+"""Symbols of one table that are coded faster by a call of their own than with those of others."""
+
 MAX_SYMBOL = 32_766
 """Largest magnitude of a finest symbol: int16 holds it and the next."""
 
@@ -73,9 +76,11 @@ class SymbolCoder:
         # s gets the cumulative frequency sum(w[:s]) + s, that is sum(frequencies[:s]).
         self._weights = [(table - 1).astype(np.float64) for table in tables.frequencies]
         categorical = constriction.stream.model.Categorical
-        self._quiet = [categorical(table[0], perfect=False) for table in self._weights]
+        self._models = [
+            [categorical(row, perfect=False) for row in table] for table in self._weights
+        ]
         # The same models, one for each symbol; the first is the faster encoder, the other decoder.
-        self._busy_encoder, self._busy_decoder = categorical(perfect=False), categorical(lazy=True)
+        self._any_encoder, self._any_decoder = categorical(perfect=False), categorical(lazy=True)
         self._least_reaches = _least_reaches(tables.frequencies[-1])
 
     def encode(self, latent: RoundedLatent) -> list[CodedTile]:
@@ -123,12 +128,12 @@ class SymbolCoder:
         if words.size and words[-1] == 0:
             raise SymbolError(section, "the last word is zero")
         coder = constriction.stream.stack.AnsCoder(words)
-        middle = num_symbols(state) // 2
+        models, middle = self._models[state], num_symbols(state) // 2
 
         def visit(step: Pass) -> Symbols:
             symbols = step.base.copy()
             if step.busy.size < symbols.size:
-                quiet = coder.decode(self._quiet[state], symbols.size - step.busy.size)
+                quiet = coder.decode(models[0], symbols.size - step.busy.size)
                 exceptions = (quiet != middle).nonzero()[0]
                 residuals = (quiet[exceptions] - middle).astype(np.int16)
                 # Places among the quiet symbols -> places among all: busy ones lie before an
@@ -136,11 +141,15 @@ class SymbolCoder:
                 quiet_before = step.busy - np.arange(step.busy.size)
                 exceptions += np.searchsorted(quiet_before, exceptions, "right")
                 step.add(symbols, exceptions, residuals)
-            if step.busy.size:
-                order = step.busy_tables.argsort(kind="stable")
-                weights = self._weights[state].take(step.busy_tables[order], 0)
-                busy = coder.decode(self._busy_decoder, weights).astype(np.int16)
-                step.add(symbols, step.busy[order], busy - np.int16(middle))
+            order = step.busy_tables.argsort(kind="stable")
+            tables, busy = step.busy_tables[order], np.empty(order.size, np.int16)
+            for stretch, table in _stretches(tables):
+                if table is None:
+                    weights = self._weights[state].take(tables[stretch], 0)
+                    busy[stretch] = coder.decode(self._any_decoder, weights)
+                else:
+                    busy[stretch] = coder.decode(models[table], stretch.stop - stretch.start)
+            step.add(symbols, step.busy[order], busy - np.int16(middle))
             return symbols
 
         symbols = self.contexts.walk(state, parent, shape, active, visit)
@@ -157,7 +166,7 @@ class SymbolCoder:
         grid = self.contexts.order(state, (rows, columns))
         cells = grid.arrange(symbols)
         distances = None if reaches is None else grid.arrange(reaches)
-        middle = num_symbols(state) // 2
+        models, middle = self._models[state], num_symbols(state) // 2
         passes: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Tables]] = []
 
         def visit(step: Pass) -> Symbols:
@@ -180,11 +189,14 @@ class SymbolCoder:
         symbols = self.contexts.walk(state, parent, (rows, columns), active, visit)
         coder = constriction.stream.stack.AnsCoder()
         for quiet, busy, tables in reversed(passes):
-            if busy.size:
-                weights = self._weights[state].take(tables, 0)
-                coder.encode_reverse(busy, self._busy_encoder, weights)
+            for stretch, table in reversed(_stretches(tables)):
+                if table is None:
+                    weights = self._weights[state].take(tables[stretch], 0)
+                    coder.encode_reverse(busy[stretch], self._any_encoder, weights)
+                else:
+                    coder.encode_reverse(busy[stretch], models[table])
             if quiet.size:
-                coder.encode_reverse(quiet, self._quiet[state])
+                coder.encode_reverse(quiet, models[0])
         words = coder.get_compressed().astype("<u4").tobytes()
         payload = active.to_bytes(2, "little") + words
         return CodedTile(payload, symbols, _refinement(_added(symbols, parent), active))
@@ -256,3 +268,21 @@ def _added(symbols: Symbols, parent: Symbols | None) -> Symbols:
 def _refinement(added: Symbols, active: int) -> bytes:
     """What a state adds in its active channels, as int8 in row, column, channel order."""
     return added[:, :, :active].astype(np.int8).tobytes()
+
+
+def _stretches(tables: Tables) -> list[tuple[slice, int | None]]:
+    """Cut symbols in the order of their tables: their places, and the table, if one and long."""
+    counts = np.bincount(tables)
+    stops = counts.cumsum()
+    stretches: list[tuple[slice, int | None]] = []
+    start = 0
+    for table in (counts >= LONG_STRETCH).nonzero()[0].tolist():
+        stop = int(stops[table])
+        first = stop - int(counts[table])
+        if first > start:
+            stretches.append((slice(start, first), None))
+        stretches.append((slice(first, stop), table))
+        start = stop
+    if start < tables.size:
+        stretches.append((slice(start, tables.size), None))
+    return stretches
