@@ -426,7 +426,7 @@ def _count(tables: ContextTables, tiles: Sequence[Symbols], state: int) -> npt.N
     def visit(step: Pass, wanted: Symbols) -> None:
         code = np.clip(step.codes(wanted, codes // 2), 0, codes - 1)
         where = step.tables.astype(np.intp) * cells + step.levels // LEVELS_A_CELL
-        counts[:] += np.bincount((where * codes + code).ravel(), minlength=counts.size)
+        np.add.at(counts, (where * codes + code).ravel(), 1)
 
     _walk_all(tables, tiles, state, visit)
     return counts.reshape(-1, cells, codes)
