@@ -46,7 +46,7 @@ EXACT_LIMIT = float(1 << 24)
 """Sums of integers below this magnitude are exact in float32."""
 
 MAX_DEPTH = 12
-"""Refinements of the finest lattice that is coded first: a tile of 64x64 cells has no more."""
+"""Most refinements of a state: they leave one cell of a tile of 64x64 for the first pass."""
 
 WEIGHTS = (
     "spread_bias",
