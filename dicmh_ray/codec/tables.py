@@ -45,6 +45,10 @@ NUM_PARENT_CLASSES = 3
 EXACT_LIMIT = float(1 << 24)
 """Sums of integers below this magnitude are exact in float32."""
 
+GUESS_LIMIT = 16_384
+"""A coarsest symbol's guess from near cells stays below this magnitude: with what is coded on top
+of it, int16 holds it."""
+
 MAX_DEPTH = 12
 """Most refinements of a state: they leave one cell of a tile of 64x64 for the first pass."""
 
@@ -162,6 +166,9 @@ class ContextTables:
         for sums in (spread, offset):
             if not sums.max() < EXACT_LIMIT:
                 raise WeightsError(name, f"context sums may reach {sums.max():.0f}, not exact")
+        guess = 4 * MAX_VALUE * np.abs(self.offset_near[0]).max(initial=0) / OFFSET_UNIT
+        if not guess < GUESS_LIMIT:
+            raise WeightsError(name, f"guesses of state 0 may reach {guess:.0f}, too large")
         for field in WEIGHTS:
             weights = getattr(self, field)
             if not np.array_equal(weights, np.rint(weights)):

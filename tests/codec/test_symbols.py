@@ -198,6 +198,7 @@ def test_damaged_payloads_raise_or_decode_to_the_size_asked_for(
         ("frequencies", lambda f: (f[0], f[1] - f[1], f[2]), "bad frequency table"),
         ("spread_parent", lambda w: w * 1e6, "not exact"),
         ("spread_bias", lambda w: w + 0.5, "not integers"),
+        ("offset_near", lambda w: w + 2_000, "guesses of state 0"),
         ("groups", lambda g: (*g[:-1], g[-1] + 1), "groups end"),
     ],
 )
