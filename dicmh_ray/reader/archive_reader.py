@@ -2,16 +2,13 @@
 
 import hashlib
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice, pairwise
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dicmh_ray.archive import (
     ARROW_SCHEMA,
@@ -19,28 +16,21 @@ from dicmh_ray.archive import (
     SMALL_COLUMNS,
     ArchiveStatistics,
     EncodedImage,
-    PartFacts,
     Snapshot,
     open_snapshot,
 )
-from dicmh_ray.archive.part import check_chunk, open_part, small_chunks
 from dicmh_ray.archive.range_cache import RangeCache
-from dicmh_ray.archive.ranges import POINT_GAP_BYTES, SCAN_GAP_BYTES, ByteRange, SparseFile
+from dicmh_ray.archive.ranges import POINT_GAP_BYTES, SCAN_GAP_BYTES
 from dicmh_ray.archive.schema import from_batch
 from dicmh_ray.archive.where import Where, parse_where
 from dicmh_ray.errors import ArchiveError, CorruptObjectError
 from dicmh_ray.reader.blobs import PLACES, with_blobs
+from dicmh_ray.reader.concurrency import at_once, read_ahead
 from dicmh_ray.reader.faults import FaultSink, OnError, ReadFault, check_on_error, refuse
 from dicmh_ray.reader.fetch import Fetcher
 from dicmh_ray.reader.index import INDEX_FACTS, Fragment, Numbers, RowGroup, RowIndex, load_index
 from dicmh_ray.reader.order import FragmentRows, ReadOrder, arrange, scatter
-
-_HELD_ROW_GROUPS = 8
-_READ_AHEAD = 4
-"""Row groups of a scan that are read before they are asked for."""
-
-_A = TypeVar("_A")
-_T = TypeVar("_T")
+from dicmh_ray.reader.small_columns import SmallColumns
 
 _INDEX_NAMES = [name for name in ARROW_SCHEMA.names if name in INDEX_FACTS]
 
@@ -73,12 +63,11 @@ class ArchiveReader:
         digests = {part.name: part.sha256 for part in snapshot.parts}
         self._cache = cache
         self._fetcher = Fetcher(snapshot.store, digests, cache)
+        self._small = SmallColumns(self._fetcher)
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._index: RowIndex | None = None
         self._lost: list[tuple[ArchiveError, ReadFault]] = []
-        self._footers: dict[str, pq.FileMetaData] = {}
-        self._small: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
 
     @classmethod
     def open(
@@ -412,7 +401,7 @@ class ArchiveReader:
                 )
             )
 
-        found = _at_once(read, range(len(tasks)))
+        found = at_once(read, range(len(tasks)))
         for group_faults in faults:
             for exc, fault in group_faults:
                 self._note(exc, fault)
@@ -464,7 +453,7 @@ class ArchiveReader:
             note = refuse if on_error == "raise" else _collector(faults)
             return self._scan_group(task[0], task[1], query, note), faults
 
-        for found, faults in _read_ahead(read, tasks):
+        for found, faults in read_ahead(read, tasks):
             for exc, fault in faults:
                 self._note(exc, fault)
             if found is not None:
@@ -531,9 +520,7 @@ class ArchiveReader:
             facts = self._rows_index(sink).table(names)
             return facts.slice(group.start, group.num_rows).take(members)
         try:
-            if len(names) == len(SMALL_COLUMNS):
-                return self._small_columns(group).take(members)
-            return self._read_small(group, names).take(members)
+            return self._small.read(group, names).take(members)
         except CorruptObjectError as exc:
             sink(exc, ReadFault.of_object(exc, group.number))
             return None
@@ -557,67 +544,6 @@ class ArchiveReader:
         del exc
         with self._lock:
             self.faults.append(fault)
-
-    def _small_columns(self, group: RowGroup) -> pa.Table:
-        """Every small column of a row group; the last few are kept for point reads."""
-        place = (group.facts.name, group.number)
-        with self._lock:
-            table = self._small.get(place)
-            if table is not None:
-                self._small.move_to_end(place)
-                return table
-        table = self._read_small(group, SMALL_COLUMNS)
-        with self._lock:
-            self._small[place] = table
-            while len(self._small) > _HELD_ROW_GROUPS:
-                self._small.popitem(last=False)
-        return table
-
-    def _read_small(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
-        """Some small columns of a row group: their byte ranges in few requests, then Parquet."""
-        facts, part, number = group.facts, group.facts.name, group.number
-        metadata = self._footer(facts)
-        if not 0 <= number < metadata.num_row_groups:
-            raise CorruptObjectError(part, f"has no row group {number}")
-        chunks = small_chunks(metadata, number)
-        ranges = [chunks[column] for column in columns]
-        try:
-            fetched = self._fetcher.ranges(part, ranges, max_gap=SCAN_GAP_BYTES)
-        except FileNotFoundError as exc:
-            raise CorruptObjectError(part, "is missing") from exc
-        file = SparseFile(self.snapshot.store, part, facts.num_bytes)
-        for column, place, data in zip(columns, ranges, fetched.values, strict=True):
-            check_chunk(part, number, facts.row_groups[number], column, data)
-            file.hold(place.start, data)
-        self._fetcher.keep(fetched)
-        try:
-            parquet = pq.ParquetFile(
-                file, metadata=metadata, page_checksum_verification=True, pre_buffer=False
-            )
-            return parquet.read_row_group(number, columns=list(columns), use_threads=False)
-        except (OSError, pa.ArrowException) as exc:
-            raise CorruptObjectError(part, f"row group {number}: {exc}") from exc
-
-    def _footer(self, facts: PartFacts) -> pq.FileMetaData:
-        with self._lock:
-            metadata = self._footers.get(facts.name)
-        if metadata is not None:
-            return metadata
-        place = ByteRange(facts.num_bytes - facts.footer_bytes, facts.footer_bytes)
-        try:
-            fetched = self._fetcher.ranges(facts.name, [place], max_gap=0)
-        except FileNotFoundError as exc:
-            raise CorruptObjectError(facts.name, "is missing") from exc
-        (data,) = fetched.values
-        if hashlib.sha256(data).hexdigest() != facts.footer_sha256:
-            raise CorruptObjectError(facts.name, "footer does not match its SHA-256")
-        self._fetcher.keep(fetched)
-        # Parquet looks for a footer in the file's last 64 KiB: given these bytes as a file, it reads
-        # no others. The offsets in it are those of the part.
-        metadata = open_part(pa.BufferReader(b"PAR1" + data), facts.name).metadata
-        with self._lock:
-            self._footers[facts.name] = metadata
-        return metadata
 
 
 def _reopen(
@@ -648,35 +574,6 @@ def _by_group(index: RowIndex, rows: Numbers) -> Iterator[tuple[int, Numbers]]:
         if stop > start:
             number = int(numbers[start])
             yield number, rows[start:stop] - index.groups[number].start
-
-
-def _at_once(read: Callable[[int], _T], tasks: range) -> list[_T]:
-    """Results of tasks that wait for a store; one alone needs no thread."""
-    if len(tasks) < 2:
-        return [read(task) for task in tasks]
-    with ThreadPoolExecutor(_READ_AHEAD) as pool:
-        return list(pool.map(read, tasks))
-
-
-def _read_ahead(read: Callable[[_A], _T], tasks: Iterator[_A]) -> Iterator[_T]:
-    """Results in order. Whoever takes one gets one; whoever goes on has the next ones read."""
-    first = next(tasks, None)
-    if first is None:
-        return
-    yield read(first)
-    waiting: list[Future[_T]] = []
-    with ThreadPoolExecutor(_READ_AHEAD) as pool:
-        try:
-            ahead = 1
-            while True:
-                waiting += [pool.submit(read, task) for task in islice(tasks, ahead - len(waiting))]
-                if not waiting:
-                    return
-                yield waiting.pop(0).result()
-                ahead = min(2 * ahead, _READ_AHEAD)
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _check_columns(columns: Sequence[str] | None) -> list[str]:
