@@ -8,6 +8,7 @@ import sys
 import fsspec
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -485,3 +486,46 @@ def test_a_log_without_a_terminal_gets_one_line_for_each_state_of_the_job():
     display(report)
     display(report)
     assert [line.partition(" ·")[0] for line in text.getvalue().splitlines()] == ["0/7 units"] * 2
+
+
+WRITING_HERE = {
+    "report": ["archive"],
+    "train": ["photographs"],
+    "train-tagger": ["photographs", "--labels", "labels.csv"],
+    "k8s render": ["compress", "job.yaml"],
+    "bench rd": ["pictures"],
+    "bench tasks": ["pictures"],
+    "bench all": ["pictures"],
+    "convert": ["weights.safetensors"],
+    "export-official": ["archive"],
+    "fit-head": ["archive"],
+}
+"""Commands that write to a path of this machine, and the arguments that they cannot do without."""
+
+
+def commands_below(command, name=""):
+    for child, below in getattr(command, "commands", {}).items():
+        yield from commands_below(below, f"{name} {child}".strip())
+    if not hasattr(command, "commands"):
+        yield name, command
+
+
+def test_only_decode_writes_to_urls():
+    found = {
+        name
+        for name, command in commands_below(typer.main.get_command(app))
+        for option in command.params
+        if "--output" in option.opts
+    }
+    assert found - {"decode"} == WRITING_HERE.keys()
+
+
+@pytest.mark.parametrize("command", WRITING_HERE)
+def test_a_url_is_refused_where_a_path_is_written(run, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*command.split(), *WRITING_HERE[command], "-o", "s3://bucket/out"]
+    result = run(*arguments, code=2)
+    assert "s3:/bucket/out is a URL, wanted a path on this machine" in " ".join(
+        result.output.replace("│", " ").split()
+    )
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Arguments and options that several commands take."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,18 @@ RATE, SOURCE, TAGS = "Rate, quality, originals", "Source and store", "Tags"
 WHERE, RAY, AGAIN = "Where it runs", "On Ray", "Resume, append, give up"
 WATCH, DRY = "Watch and report", "Dry run"
 """Headings of options, in the help of commands that have so many that they need some."""
+
+
+def on_this_machine(path: Path | None) -> Path | None:
+    """Refuse a URL where a file or folder is written: it would become a folder named ``s3:``.
+
+    Raises:
+        typer.BadParameter: it is one.
+    """
+    # A path has lost the second slash of a URL by now; one letter is a drive of Windows.
+    if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise typer.BadParameter(f"{path} is a URL, wanted a path on this machine")
+    return path
 
 
 class Runtime(StrEnum):

@@ -12,6 +12,7 @@ from dicmh_ray.cli.options import (
     JsonOption,
     Runtime,
     StorageOption,
+    on_this_machine,
 )
 from dicmh_ray.cli.program import app
 
@@ -131,7 +132,9 @@ def analyze(
 @app.command("fit-head")
 def fit_head(
     archive: ArchiveArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File for the head.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=on_this_machine, help="File for the head.")
+    ],
     label: Annotated[str, typer.Option(help="`tag`: the main tag; or `metadata.FIELD`.")] = "tag",
     states: StatesOption = None,
     where: WhereOption = None,

@@ -11,6 +11,7 @@ from dicmh_ray.cli.options import (
     JsonOption,
     StorageOption,
     VersionOption,
+    on_this_machine,
 )
 from dicmh_ray.cli.program import app
 
@@ -19,7 +20,10 @@ from dicmh_ray.cli.program import app
 def report(
     archive: ArchiveArgument,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="A page, or *.json.")
+        Path,
+        typer.Option(
+            "--output", "-o", callback=on_this_machine, metavar="FILE", help="A page, or *.json."
+        ),
     ],
     thumbnails: Annotated[
         bool, typer.Option(help="Decode the worst images for the page; loads the codec.")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dicmh_ray.cli.options import on_this_machine
 from dicmh_ray.cli.program import k8s_app
 
 
@@ -84,7 +85,10 @@ def k8s_render(
     retries: Annotated[int, typer.Option(help="New clusters after failures; each resumes.")] = 3,
     hours: Annotated[int, typer.Option(help="The longest that an attempt may take.")] = 72,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for `kubectl apply -k`.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", callback=on_this_machine, help="Folder for `kubectl apply -k`."
+        ),
     ] = None,
 ) -> None:
     """Print the Kubernetes objects of a job, or write them as a kustomize folder.

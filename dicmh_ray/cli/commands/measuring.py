@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dicmh_ray.cli.options import CheckpointOption, DeviceOption, JsonOption
+from dicmh_ray.cli.options import CheckpointOption, DeviceOption, JsonOption, on_this_machine
 from dicmh_ray.cli.program import app, bench_app
 
 
@@ -21,7 +21,10 @@ PicturesArgument = Annotated[
     list[Path], typer.Argument(metavar="PICTURES", help="Image files, folders of them.")
 ]
 ReportOption = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder for JSON, Markdown and plots.")
+    Path | None,
+    typer.Option(
+        "--output", "-o", callback=on_this_machine, help="Folder for JSON, Markdown and plots."
+    ),
 ]
 BenchViewOption = Annotated[
     list[BenchView] | None, typer.Option("--view", help="Of ours. Repeatable.")

@@ -12,6 +12,7 @@ from dicmh_ray.cli.options import (
     ThresholdOption,
     TopKOption,
     VocabularyOption,
+    on_this_machine,
 )
 from dicmh_ray.cli.program import app
 
@@ -22,7 +23,13 @@ def train(
         list[str], typer.Argument(metavar="SRC", help="Training photographs, as for compress.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the run; found there, it goes on.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            callback=on_this_machine,
+            help="Folder of the run; found there, it goes on.",
+        ),
     ],
     preset: Annotated[
         str,
@@ -122,10 +129,17 @@ def train_tagger(
         typer.Option(metavar="CSV", help="Columns `file` and `label`. One a collection."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File: tagger.safetensors in the checkpoint.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            callback=on_this_machine,
+            help="File: tagger.safetensors in the checkpoint.",
+        ),
     ],
     report: Annotated[
-        Path | None, typer.Option(metavar="MD", help="Write the figures there, too.")
+        Path | None,
+        typer.Option(metavar="MD", callback=on_this_machine, help="Write the figures there, too."),
     ] = None,
     checkpoint: CheckpointOption = "default",
     device: DeviceOption = "auto",

@@ -5,14 +5,26 @@ from typing import Annotated
 
 import typer
 
-from dicmh_ray.cli.options import ArchiveArgument, DeviceOption, JsonOption, StorageOption
+from dicmh_ray.cli.options import (
+    ArchiveArgument,
+    DeviceOption,
+    JsonOption,
+    StorageOption,
+    on_this_machine,
+)
 from dicmh_ray.cli.program import app
 
 
 @app.command()
 def convert(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory to make; with --to-official a file.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            callback=on_this_machine,
+            help="Directory to make; with --to-official a file.",
+        ),
     ],
     sources: Annotated[
         list[Path] | None,
@@ -144,7 +156,10 @@ def import_official(
 def export_official(
     archive: ArchiveArgument,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the files; is created.")
+        Path,
+        typer.Option(
+            "--output", "-o", callback=on_this_machine, help="Folder for the files; is created."
+        ),
     ],
     where: Annotated[str | None, typer.Option(help="Only the images a filter selects.")] = None,
     sizes: Annotated[
