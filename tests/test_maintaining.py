@@ -146,6 +146,45 @@ def test_a_table_that_would_be_cut_otherwise_is_not_added_twice(run, archive, tm
         plan(ranges)
 
 
+def test_of_two_drivers_that_cut_a_table_otherwise_one_adds_it(run, archive, tmp_path):
+    table = pa.table({"image": [bmp(picture(60 + n)) for n in range(4)]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    plans = [
+        plan_job(
+            [str(tmp_path / "t.parquet")],
+            str(archive),
+            source_options=SourceOptions(unit_bytes=unit_bytes),
+            append=True,
+        )
+        for unit_bytes in (1, 1 << 20)
+    ]
+    job, todo, report = plans[0]
+    assert len(todo) == 2
+    assert compress_local(job, todo, JobMonitor(report)).manifest == 2
+    job, todo, report = plans[1]
+    with pytest.raises(CommitFailedError, match="added by another job meanwhile"):
+        compress_local(job, todo, JobMonitor(report))
+    assert len(keys(run, archive)) == 8
+    run("gc", archive, "--grace-hours", "0")
+    assert json.loads(run("verify", archive, "--json").stdout)["notes"] == []
+
+
+def test_of_two_drivers_that_cut_a_table_alike_both_succeed(run, archive, tmp_path):
+    table = pa.table({"image": [bmp(picture(60 + n)) for n in range(4)]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    shard(tmp_path / "in", 2)
+    options, sources = SourceOptions(unit_bytes=1), [str(tmp_path / "t.parquet")]
+    more = [*sources, str(tmp_path / "in" / "shard-002.tar")]
+    plans = [
+        plan_job(each, str(archive), source_options=options, append=True)
+        for each in (sources, more)
+    ]
+    for job, todo, report in plans:
+        compress_local(job, todo, JobMonitor(report))
+    shown = run("ls", archive, "--columns", "key", "--json").stdout.splitlines()
+    assert len(shown) == len(set(shown)) == 10
+
+
 @pytest.mark.parametrize("command", ["info", "ls", "history", "gc"])
 def test_an_address_of_no_kind_of_store_is_told_in_one_line(run, command):
     found = run(command, "foo://x", code=1)

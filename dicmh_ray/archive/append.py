@@ -26,15 +26,15 @@ class AppendWriter(LaterWriter):
         """The newest version's rows, then this job's; source objects that are there stay out.
 
         Raises:
-            CommitFailedError: another job has published some files of a group of this one, and not
-                the group. A plan that is made now leaves them out.
+            CommitFailedError: another job has published some pictures of a unit of this one, and not
+                the unit. A plan that is made now leaves them out, or is refused.
         """
         published = [*published_plans(self._store, newest)]
         overlapping = overlapping_unit(self.plan, published)
         if overlapping is not None:
             reason = (
-                f"some image files of unit {overlapping['name']} were added by another job "
-                "meanwhile; run the same command again: it adds what is left"
+                f"some pictures of unit {overlapping['name']} were added by another job "
+                "meanwhile; run the same command again: it adds what is left, or says why not"
             )
             raise CommitFailedError(later_plan_name(self.plan.plan_id), reason)
         present = {unit_identity(unit) for plan in published for unit in plan.units}

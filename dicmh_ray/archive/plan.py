@@ -110,12 +110,15 @@ def unit_identity(unit: Mapping[str, Any]) -> bytes:
     return canonical_json({key: unit[key] for key in unit if key not in _NOT_IDENTITY})
 
 
-def unit_files(unit: Mapping[str, Any]) -> frozenset[str]:
-    """Addresses of the image files that a unit groups; none of a unit that reads one object."""
+def unit_members(unit: Mapping[str, Any]) -> frozenset[str]:
+    """What only equal units may share: the image files that one groups, the table that it cuts.
+
+    Empty for a unit that is always a whole object.
+    """
     uris = unit.get("uri")
-    if not isinstance(uris, list | tuple):
-        return frozenset()
-    return frozenset(f"{unit.get('root', '')}{uri}" for uri in uris)
+    if isinstance(uris, list | tuple):
+        return frozenset(f"{unit.get('root', '')}{uri}" for uri in uris)
+    return frozenset([f"{uris} {unit.get('etag')}"] if unit.get("kind") == "parquet" else [])
 
 
 def _has_storage_options(value: Any) -> bool:

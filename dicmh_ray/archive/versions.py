@@ -23,8 +23,8 @@ from dicmh_ray.archive.plan import (
     Plan,
     later_plan_ids,
     later_plan_name,
-    unit_files,
     unit_identity,
+    unit_members,
 )
 from dicmh_ray.archive.store import Store, check_name
 from dicmh_ray.errors import (
@@ -145,7 +145,7 @@ def open_plans(store: Store, newest: Manifest | None) -> list[Plan]:
     """Later plans that no version has published, and that one may still publish.
 
     A compaction of which a source is gone can never be published, nor an append that groups image
-    files otherwise than a job that was published before it.
+    files, or cuts a table, otherwise than a job that was published before it.
 
     Raises:
         CorruptObjectError: a plan is damaged.
@@ -188,20 +188,20 @@ def published_plans(store: Store, manifest: Manifest) -> Iterator[Plan]:
 
 
 def overlapping_unit(plan: Plan, published: Iterable[Plan]) -> Mapping[str, Any] | None:
-    """A unit of an append that has image files of published units, and is none of them itself.
+    """A unit of an append that shares pictures with published units, and is none of them itself.
 
-    To publish it would add those files twice; to leave it out, the others never.
+    To publish it would add those pictures twice; to leave it out, the others never.
     """
-    groups = {unit_identity(unit): files for unit in plan.units if (files := unit_files(unit))}
+    groups = {unit_identity(unit): mine for unit in plan.units if (mine := unit_members(unit))}
     if not groups:
         return None
     added: set[str] = set()
     for other in published:
         for unit in other.units:
-            files = unit_files(unit)
-            if files and groups.pop(unit_identity(unit), None) is None:
-                added |= files
-    overlapping = next((i for i, files in groups.items() if not files.isdisjoint(added)), None)
+            theirs = unit_members(unit)
+            if theirs and groups.pop(unit_identity(unit), None) is None:
+                added |= theirs
+    overlapping = next((i for i, mine in groups.items() if not mine.isdisjoint(added)), None)
     return next((unit for unit in plan.units if unit_identity(unit) == overlapping), None)
 
 
