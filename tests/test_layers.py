@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "source": FLOOR | {"PIL", "fsspec", "numpy", "pyarrow"},
     "codec": FLOOR
     | {"PIL", "compressai", "constriction", "diffusers", "numpy", "safetensors", "torch"}
-    | {"pytorch_msssim", "tokenizers", "torchvision", "transformers"},
+    | {"pytorch_msssim", "threadpoolctl", "tokenizers", "torchvision", "transformers"},
     "archive": FLOOR | {"fsspec", "numpy", "pyarrow"},
     "reader": FLOOR | {"archive", "fsspec", "numpy", "pyarrow"},
     "pipeline": LOW | {"codec", "numpy", "pyarrow"},

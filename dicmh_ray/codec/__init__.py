@@ -206,7 +206,8 @@ def load_codec(
     Args:
         checkpoint: ``"default"`` for the one in the package, or a checkpoint directory.
         device: a torch device, or ``"auto"`` for CUDA where there is one and the CPU otherwise.
-        threads: CPU threads torch may use in this process; None leaves torch's choice.
+        threads: CPU threads that torch and the matrix products of numpy have in this process from
+            now on; None leaves their choice, but for workers of a DataLoader, which have one.
         precision: what the default codec's networks compute in. ``"auto"`` is bfloat16 where the
             device multiplies it natively and float32 elsewhere; ``"float32"`` everywhere. Streams
             are read alike: a few of a hundred decoded samples are one level apart.

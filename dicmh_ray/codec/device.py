@@ -1,8 +1,24 @@
-"""Which device torch computes on, found out before anything is read for it."""
+"""What a codec computes on: the device of torch, and the threads of a process."""
 
 import torch
+from threadpoolctl import threadpool_limits
+from torch.utils.data import get_worker_info
 
 from dicmh_ray.errors import DeviceError
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch and the matrix products of numpy have so many threads in this process.
+
+    Args:
+        threads: how many; None leaves both their choice, except in a worker of a DataLoader, where
+            numpy gets as few as torch has: every worker with a thread for every core is slow.
+    """
+    if threads is None and get_worker_info() is not None:
+        threads = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+        threadpool_limits(threads, user_api="blas")
 
 
 def find_device(name: str) -> torch.device:

@@ -26,7 +26,7 @@ from dicmh_ray.bitstream import Header, State, crc32c, parse_bitstream, write_bi
 from dicmh_ray.codec import Precision, Quality, TaggedStream, TagScore
 from dicmh_ray.codec.checkpoint import LATENT_UNIT, LAYERED_CODERS, TAGGER_FILE, Checkpoint
 from dicmh_ray.codec.contexts import Symbols
-from dicmh_ray.codec.device import find_device
+from dicmh_ray.codec.device import find_device, use_threads
 from dicmh_ray.codec.framing import framed, header_of
 from dicmh_ray.codec.image_taggers import without_known
 from dicmh_ray.codec.network import ALIGNMENT, CodecNetwork, NetworkConfig
@@ -379,8 +379,7 @@ def load_layered_codec(
     precision: Precision = "auto",
 ) -> LayeredCodec:
     """Load a checkpoint's networks and tables. Else as ``load_codec``."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}, wanted {' or '.join(get_args(Precision))}")
     found = find_device(device)

@@ -25,7 +25,7 @@ def codec_of(snapshot: Snapshot, *, device: str = "auto", threads: int | None = 
     Args:
         snapshot: of the archive.
         device: where it runs; see :func:`dicmh_ray.codec.load_codec`.
-        threads: CPU threads of torch in this process; counts when the codec is first loaded.
+        threads: CPU threads of torch and numpy in this process; counts when the codec is first loaded.
 
     Raises:
         WeightsError: the archive's checkpoint is missing or damaged.

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
+from torch.utils.data import DataLoader, Dataset
 
 from dicmh_ray.bitstream import Header, State, parse_bitstream, prefix_bytes, write_bitstream
 from dicmh_ray.codec import layered_codec, load_codec, read_checkpoint, reference_decoder
@@ -369,3 +371,37 @@ def test_a_picture_that_no_header_can_hold_is_refused_before_it_is_coded(
     monkeypatch.setattr(codec, "_code", lambda image: pytest.fail("it was coded"))
     with pytest.raises(EncodeError, match="66000x2"):
         encode(codec, np.zeros((2, 66_000, 3), np.uint8))
+
+
+class LoadedIn(Dataset[dict[str, int]]):
+    """Threads after loading a codec in the process that asks, which had three for matrices."""
+
+    def __init__(self, threads: int | None) -> None:
+        self.threads = threads
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        threadpool_limits(3, user_api="blas")
+        load_codec(GOLDEN / "checkpoint", device="cpu", threads=self.threads)
+        numpy_threads = {
+            lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"
+        }
+        return {"torch": torch.get_num_threads(), "numpy": numpy_threads.pop()}
+
+
+@pytest.mark.parametrize(("threads", "wanted"), [(None, 1), (2, 2)])
+def test_a_worker_of_a_loader_multiplies_matrices_with_no_more_threads_than_torch(
+    threads: int | None, wanted: int
+) -> None:
+    loader = DataLoader(LoadedIn(threads), batch_size=None, num_workers=1)
+    assert list(loader) == [{"torch": wanted, "numpy": wanted}]
+
+
+def test_outside_a_loader_threads_are_left_alone() -> None:
+    before = {lib["filepath"]: lib["num_threads"] for lib in threadpool_info()}
+    with threadpool_limits():
+        found = LoadedIn(None)[0]
+    assert found == {"torch": torch.get_num_threads(), "numpy": 3}
+    assert {lib["filepath"]: lib["num_threads"] for lib in threadpool_info()} == before

@@ -30,7 +30,7 @@ from dicmh_ray.bitstream import (
 from dicmh_ray.checksum import crc32c
 from dicmh_ray.codec import Quality
 from dicmh_ray.codec.checkpoint import Checkpoint
-from dicmh_ray.codec.device import find_device
+from dicmh_ray.codec.device import find_device, use_threads
 from dicmh_ray.codec.framing import Image, framed, header_of
 from dicmh_ray.codec.icmh.control import ControlledUNet
 from dicmh_ray.codec.icmh.lfgcm import LatentCoder
@@ -389,8 +389,7 @@ def load_icmh_codec(
     content: Checkpoint, *, device: str = "auto", threads: int | None = None
 ) -> IcmhCodec:
     """Load a checkpoint's networks and tables. Else as ``load_codec``."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     found = find_device(device)
     return IcmhCodec(content, load_machine_parts(content), found)
 
