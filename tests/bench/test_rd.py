@@ -18,6 +18,17 @@ from dicmh_ray.errors import MissingExtraError, SourceNotFoundError
 from tests.bench.tiny import JPEG, QUICK, CodecWithMsSsim, a_picture
 from tests.fake_codec import POISON, FakeCodec
 
+ONE = bench.Measurement(
+    method="m",
+    setting="s",
+    image="i",
+    num_bytes=10,
+    num_pixels=80,
+    metrics={"psnr": 30},
+    encode_s=1,
+    decode_s=2,
+)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -78,34 +89,15 @@ def test_rates_are_all_bytes_over_the_unpadded_area(report, folder):
 
 
 def test_averages_are_means_and_leave_out_what_was_not_measured():
-    one = bench.Measurement(
-        method="m",
-        setting="s",
-        image="i",
-        num_bytes=10,
-        num_pixels=80,
-        metrics={"psnr": 30},
-        encode_s=1,
-        decode_s=2,
-    )
-    other = dataclasses.replace(one, num_bytes=30, metrics={"psnr": 40, "ms_ssim": 0.9}, encode_s=3)
-    (point,) = average([one, other])
+    other = dataclasses.replace(ONE, num_bytes=30, metrics={"psnr": 40, "ms_ssim": 0.9}, encode_s=3)
+    (point,) = average([ONE, other])
     assert (point.bpp, point.metrics) == (2, {"psnr": 35, "ms_ssim": 0.9})
     assert (point.num_images, point.encode_s, point.decode_s) == (2, 2, 2)
-    assert average([one])[0].quality("ms_ssim") is None
+    assert average([ONE])[0].quality("ms_ssim") is None
 
 
 def test_a_curve_pairs_a_metric_with_the_rate_of_the_images_that_have_it():
-    small = bench.Measurement(
-        method="m",
-        setting="s",
-        image="small",
-        num_bytes=1000,
-        num_pixels=80,
-        metrics={"psnr": 30},
-        encode_s=1,
-        decode_s=1,
-    )
+    small = dataclasses.replace(ONE, image="small", num_bytes=1000)
     large = dataclasses.replace(small, image="large", num_bytes=10, metrics={"ms_ssim": 0.9})
     points = average([small, large])
     assert curve_of(points, "m", "ms_ssim") == [(1, pytest.approx(10))]
