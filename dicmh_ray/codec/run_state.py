@@ -98,12 +98,17 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def moments_of(optimiser: torch.optim.Optimizer, prefix: str = "adam") -> dict[str, Tensor]:
-    """An optimiser's moments as named tensors."""
-    return {
-        f"{prefix}/{index}/{key}": torch.as_tensor(value)
-        for index, moments in optimiser.state_dict()["state"].items()
-        for key, value in moments.items()
-    }
+    """An optimiser's moments as named tensors.
+
+    A weight without elements, such as the words of a human view that knows none, has none: a file
+    has no room for them, and a step without moments would be no state that an optimiser can go on from.
+    """
+    named = {}
+    for index, moments in optimiser.state_dict()["state"].items():
+        tensors = {key: torch.as_tensor(value) for key, value in moments.items()}
+        if all(tensor.numel() for tensor in tensors.values()):
+            named |= prefixed(f"{prefix}/{index}", tensors)
+    return named
 
 
 def restore_moments(

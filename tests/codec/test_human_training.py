@@ -93,8 +93,9 @@ def test_training_lowers_what_it_minimises(
     assert lines[-1]["denoising"] < 0.93 * lines[0]["denoising"]
 
 
+@pytest.mark.parametrize("known", [("cat", "dog"), ()], ids=["words", "no words"])
 def test_a_stopped_run_goes_on_and_one_of_another_shape_is_refused(
-    photographs: PackedPhotographs, teacher_file: Path, tmp_path: Path
+    known: tuple[str, ...], photographs: PackedPhotographs, teacher_file: Path, tmp_path: Path
 ) -> None:
     def stage(config: NetworkConfig, steps: int) -> HumanStage:
         options = dataclasses.replace(QUICK, steps=steps)
@@ -107,7 +108,7 @@ def test_a_stopped_run_goes_on_and_one_of_another_shape_is_refused(
             device=torch.device("cpu"),
         )
 
-    words = dataclasses.replace(HUMAN, human_words=("cat", "dog"))
+    words = dataclasses.replace(HUMAN, human_words=known)
     first = stage(words, 3)
     first.run()
     again = stage(words, 5)
