@@ -17,6 +17,7 @@ from dicmh_ray.codec.image_taggers import TaggerSpec, load_image_tagger, model_s
 from dicmh_ray.codec.zero_shot import ZeroShotTagger, cache_folder
 from dicmh_ray.errors import TaggerError
 from dicmh_ray.tags import Vocabulary
+from tests.codec.second_device import second_device
 from tests.codec.tiny_models import WORDS, write_clip, write_siglip
 
 VOCABULARY = Vocabulary(WORDS)
@@ -253,3 +254,11 @@ def test_the_program_tags_by_a_model_and_a_vocabulary(models, cache, images, tmp
     result = CliRunner().invoke(app, base)
     assert result.exit_code == 2
     assert "--vocabulary FILE" in result.output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_on_another_device_are_the_cpus(models, cache, images, kind: str) -> None:
+    with second_device():
+        found = ZeroShotTagger(models[kind], VOCABULARY, device="cuda").scores(images)
+    shutil.rmtree(cache)  # the texts' embeddings: this time they are the CPU's own
+    np.testing.assert_array_equal(found, tagger_of(models[kind]).scores(images))
