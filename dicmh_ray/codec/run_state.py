@@ -98,27 +98,28 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def moments_of(optimiser: torch.optim.Optimizer, prefix: str = "adam") -> dict[str, Tensor]:
-    """An optimiser's moments as named tensors.
-
-    A weight without elements, such as the words of a human view that knows none, has none: a file
-    has no room for them, and a step without moments would be no state that an optimiser can go on from.
-    """
-    named = {}
-    for index, moments in optimiser.state_dict()["state"].items():
-        tensors = {key: torch.as_tensor(value) for key, value in moments.items()}
-        if all(tensor.numel() for tensor in tensors.values()):
-            named |= prefixed(f"{prefix}/{index}", tensors)
-    return named
+    """An optimiser's moments as named tensors."""
+    return {
+        f"{prefix}/{index}/{key}": torch.as_tensor(value)
+        for index, moments in optimiser.state_dict()["state"].items()
+        for key, value in moments.items()
+    }
 
 
 def restore_moments(
     optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str = "adam"
 ) -> None:
-    """Give an optimiser back what :func:`moments_of` made of it."""
+    """Give an optimiser back what :func:`moments_of` made of it.
+
+    But for weights without elements, such as the words of a human view that knows none: files hold
+    the number of their steps alone, from which no optimiser goes on.
+    """
+    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in under(prefix, tensors).items():
         index, key = name.split("/")
-        moments.setdefault(int(index), {})[key] = value
+        if weights[int(index)].numel():
+            moments.setdefault(int(index), {})[key] = value
     state = optimiser.state_dict()
     state["state"] = moments
     optimiser.load_state_dict(state)
