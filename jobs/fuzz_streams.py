@@ -1,6 +1,6 @@
-"""Feed mutated bitstreams to the decoder: ``python jobs/fuzz_streams.py``.
+"""Feed mutated bitstreams to the decoder: ``python jobs/fuzz_streams.py [--layout 1]``.
 
-Every golden stream is cut at every byte and has a bit flipped in every byte; then come random
+Every golden stream of a payload layout is cut at every byte and has a bit flipped in every byte; then come random
 damage, splices, noise, and streams whose checksums were made good again after the damage, so that
 it reaches the tags, the sizes and the symbol decoder. Allowed are the documented errors, and a
 result only where the bytes are those of a valid stream or every checksum was forged.
@@ -33,6 +33,9 @@ from dicmh_ray.errors import BitstreamError, CodecMismatchError
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+LAYOUTS = {1: ("bitstream_v1", "checkpoint"), 2: ("layered_payload_v2", "checkpoint_v2")}
+"""Folders of each payload layout's streams and of the checkpoint that wrote them."""
+
 MAX_CASE_S = 2.0
 """Processor time of one case."""
 
@@ -60,7 +63,10 @@ class Options:
     """Of the exhaustive cases, every so many-th; 1 is all."""
 
     seed: int
-    checkpoint: str
+
+    layout: int
+    """Of the streams' payloads."""
+
     only: int | None
 
 
@@ -81,7 +87,9 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=20_000, help="random cases")
     parser.add_argument("--stride", type=int, default=1, help="of the exhaustive cases")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--checkpoint", default=str(GOLDEN / "checkpoint"))
+    parser.add_argument(
+        "--layout", type=int, choices=sorted(LAYOUTS), default=max(LAYOUTS), help="of the payloads"
+    )
     parser.add_argument("--only", type=int, help="run one case and print its bytes")
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     given = vars(parser.parse_args())
@@ -123,8 +131,9 @@ def watch(marker: Path) -> tuple[str, dict[str, Any]]:
 
 def run_cases(options: Options, marker: Path) -> None:
     """The child: decode every case under the limits, print JSON."""
-    codec = load_codec(options.checkpoint, device="cpu", threads=1)
-    streams = golden_streams()
+    written, checkpoint = (GOLDEN / folder for folder in LAYOUTS[options.layout])
+    codec = load_codec(checkpoint, device="cpu", threads=1)
+    streams = [path.read_bytes() for path in sorted(written.glob("*.dicm"))]
     prefixes = {data[:end] for data in streams for end in prefix_bytes(data)}
     for data in streams:
         codec.decode_latent([data])
@@ -301,11 +310,6 @@ def reseal(data: bytes) -> bytes:
         out[end - 4 : end] = crc.to_bytes(4, "little")
         pos = end
     return bytes(out)
-
-
-def golden_streams() -> list[bytes]:
-    """The streams that are mutated."""
-    return [path.read_bytes() for path in sorted((GOLDEN / "bitstream_v1").glob("*.dicm"))]
 
 
 def address_space_bytes() -> int:

@@ -26,8 +26,10 @@ def run_job(name: str, *arguments: str) -> str:
     return result.stdout
 
 
-def test_a_thousand_mutated_streams_end_in_documented_errors() -> None:
-    output = run_job("fuzz_streams.py", "--cases", "600", "--stride", "50", "--seed", "2")
+@pytest.mark.parametrize("layout", ["1", "2"])
+def test_a_thousand_mutated_streams_end_in_documented_errors(layout: str) -> None:
+    cases = ("--cases", "600", "--stride", "50", "--seed", "2")
+    output = run_job("fuzz_streams.py", "--layout", layout, *cases)
     assert "0 faults, no crash, no hang" in output
     assert int(output.rsplit(" cases", 1)[0].rsplit("\n", 1)[1]) > 1000
 
