@@ -9,6 +9,7 @@ import datetime
 import inspect
 import io
 import logging
+import os
 import random
 import re
 import time
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 from fsspec.implementations.chained import ChainedFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from dicmh_ray.errors import SourceAddressError, SourceChangedError
 from dicmh_ray.source.options import SourceOptions
@@ -71,11 +73,22 @@ def open_filesystem(uri: str, options: SourceOptions) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(before + link + behind, **options.storage_options)
         # fsspec takes every "::" for a link of a chain: what is none is shown to the store only.
-        return fs, str(path if link == own else fs._strip_protocol(own))
+        path = str(path if link == own else fs._strip_protocol(own))
+        return fs, plain_path(path) if isinstance(fs, LocalFileSystem) else path
     except (ImportError, TypeError, ValueError) as exc:
         raise SourceAddressError(
             uri, f"wanted a path, or a URL that fsspec can open: {exc}"
         ) from exc
+
+
+def plain_path(path: str) -> str:
+    """A local path without ``.``, ``..`` and doubled slashes: one file has one address."""
+    plain = os.path.normpath(path)
+    if ".." in path.split("/"):
+        real = os.path.realpath(path)
+        # Behind a link to a folder, ``..`` leads elsewhere than its letters say.
+        return plain if os.path.realpath(plain) == real else real
+    return plain
 
 
 def uri_like(uri: str, fs: Any, path: str) -> str:

@@ -149,6 +149,24 @@ def test_an_object_named_twice_is_read_once(tmp_path, monkeypatch):
     assert keys_of(*sources) == ["b.jpg", "a.jpg", "t.tar/a", "t.tar/b"]
 
 
+def test_a_file_has_one_address_however_its_path_is_spelled(tmp_path, monkeypatch):
+    put(tmp_path, "photos/a.jpg", "photos/t.tar", "work/b.jpg", "far/near/c.jpg", "far/d.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "far/near")
+    monkeypatch.chdir(tmp_path / "work")
+    folder, plain = tmp_path / "photos", f"file://{tmp_path}/photos"
+    spellings = [
+        "../photos",
+        f"{folder}//",
+        f"{tmp_path}/./photos",
+        "../photos/*",
+        f"{folder}/../photos",
+    ]
+    for sources in ([spelling] for spelling in spellings):
+        assert [unit.uri for unit in plan_units(sources)] == [(f"{plain}/a.jpg",), f"{plain}/t.tar"]
+    assert keys_of(*spellings, folder) == ["a.jpg", "t.tar/a", "t.tar/b"]
+    assert keys_of("../link/../d.jpg", "../far/d.jpg") == ["d.jpg"]
+
+
 def test_sidecars_beside_files_become_metadata(tmp_path):
     put(tmp_path, "a.jpg", "a.b.jpg", "c.jpg")
     (tmp_path / "a.json").write_text('{"labels": ["x"]}')
