@@ -19,17 +19,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
 from dicmh_ray.errors import SourceFormatError, SourceNotFoundError
 from dicmh_ray.source.files import SIDECAR_EXTENSIONS, stem_of
 from dicmh_ray.source.magic import IMAGE_EXTENSIONS
 from dicmh_ray.source.options import SourceOptions
-from dicmh_ray.source.store import identity, open_filesystem, retry, uri_like
+from dicmh_ray.source.store import identity, open_filesystem, plain_path, retry, uri_like
 
 MAX_BRACE_NAMES = 1_000_000
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _REFUSED = re.compile(r"\.(tar\.(bz2|xz|zst|lz4)|tbz2?|txz|zip|7z|rar|tfrecords?|mds|lance)$")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _MAGIC = re.compile(r"[*?\[]")
+# Parts, row indexes and results, by their names: there may be sources in the same folder.
+_OWN = re.compile(r"(data/part-|index/|analysis/[^/]+/)[^/]*-[0-9a-f]{16}\.parquet")
 _NUM_PARALLEL_LOOKUPS = 16
 
 Kind = Literal["tar", "parquet", "file"]
@@ -49,8 +54,12 @@ class Found:
     sidecars: tuple[str, ...] = ()
 
 
-def expand_sources(sources: Sequence[str], options: SourceOptions) -> list[Found]:
+def expand_sources(
+    sources: Sequence[str], options: SourceOptions, *, target: str | None = None
+) -> list[Found]:
     """Resolve all arguments; an object named twice is kept where it is named first.
+
+    Tables of an archive at the address ``target`` are passed over.
 
     Raises:
         SourceNotFoundError: an argument, or one name its braces give, matches nothing.
@@ -62,7 +71,14 @@ def expand_sources(sources: Sequence[str], options: SourceOptions) -> list[Found
         names = [source] if _exists(source, options) else list(expand_braces(source))
         for item in _parallel(names, options):
             found.setdefault(item.uri, item)
-    return list(found.values())
+    if target is None:
+        return list(found.values())
+    folder = _folder_uri(target)
+    return [
+        item
+        for item in found.values()
+        if not (item.uri.startswith(folder) and _OWN.fullmatch(item.uri, len(folder)))
+    ]
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -177,6 +193,20 @@ def _parallel(names: list[str], options: SourceOptions) -> Iterator[Found]:
     with ThreadPoolExecutor(_NUM_PARALLEL_LOOKUPS, thread_name_prefix="dicmh-plan") as pool:
         for items in pool.map(lambda name: _resolve(name, options), names):
             yield from items
+
+
+def _folder_uri(address: str) -> str:
+    """What the URIs of the objects below an address begin with."""
+    scheme = address.partition("://")[0] if "://" in address else "file"
+    try:
+        kind: Any = fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError):
+        return address  # who opens it says what is wrong with it
+    protocol = kind.protocol if isinstance(kind.protocol, str) else kind.protocol[0]
+    path = str(kind._strip_protocol(address))
+    if issubclass(kind, LocalFileSystem):
+        path = plain_path(path)
+    return f"{protocol}://{path.rstrip('/')}/"
 
 
 def _exists(source: str, options: SourceOptions) -> bool:
