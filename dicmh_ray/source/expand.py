@@ -35,6 +35,8 @@ _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _MAGIC = re.compile(r"[*?\[]")
 # Parts, row indexes and results, by their names: there may be sources in the same folder.
 _OWN = re.compile(r"(data/part-|index/|analysis/[^/]+/)[^/]*-[0-9a-f]{16}\.parquet")
+# fsspec's word for pipes, sockets and devices: to open a pipe may wait for ever.
+_NO_FILE = "other"
 _NUM_PARALLEL_LOOKUPS = 16
 
 Kind = Literal["tar", "parquet", "file"]
@@ -227,6 +229,8 @@ def _resolve(name: str, options: SourceOptions) -> list[Found]:
         raise SourceNotFoundError(name) from exc
     if info["type"] == "directory" or name.endswith("/"):
         return _resolve_folder(fs, path, name, options)
+    if info["type"] == _NO_FILE:
+        raise SourceFormatError(name, "is no file but a pipe, a socket or a device")
     if match := _REFUSED.search(path.lower()):
         raise SourceFormatError(name, f"{match[0]} files cannot be read, only tar and Parquet")
     root = _parent(path)
@@ -251,7 +255,7 @@ def _resolve_glob(fs: Any, path: str, name: str, options: SourceOptions) -> list
     files = {
         str(match): info
         for match, info in infos.items()
-        if info["type"] != "directory" and not _is_hidden_below(root, str(match))
+        if info["type"] not in ("directory", _NO_FILE) and not _is_hidden_below(root, str(match))
     }
     siblings: dict[str, Any] = {}
     for folder in sorted({_parent(file).rstrip("/") for file in files if kind_of(file) == "file"}):

@@ -142,6 +142,15 @@ def test_a_file_that_is_named_outright_needs_no_extension(tmp_path):
     assert keys_of(tmp_path / "photo", tmp_path / "x.dat") == ["photo", "x.dat"]
 
 
+def test_pipes_are_refused_and_passed_over(tmp_path):
+    put(tmp_path, "a.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for source in (tmp_path, tmp_path / "*.jpg"):
+        assert keys_of(source) == ["a.jpg"]
+    with pytest.raises(SourceFormatError, match="pipe, a socket"):
+        plan_units([str(tmp_path / "pipe.jpg")])
+
+
 def test_an_object_named_twice_is_read_once(tmp_path, monkeypatch):
     put(tmp_path, "a.jpg", "b.jpg", "t.tar")
     monkeypatch.chdir(tmp_path)
