@@ -261,7 +261,7 @@ def _resolve_glob(fs: Any, path: str, name: str, options: SourceOptions) -> list
     for folder in sorted({_parent(file).rstrip("/") for file in files if kind_of(file) == "file"}):
         for info in retry(partial(fs.ls, folder, detail=True), what=name, options=options):
             siblings[str(info["name"])] = info
-    return _known_files(fs, name, root, files, siblings | files)
+    return _known_files(fs, name, root, files, siblings | files, options)
 
 
 def _resolve_folder(fs: Any, path: str, name: str, options: SourceOptions) -> list[Found]:
@@ -273,7 +273,7 @@ def _resolve_folder(fs: Any, path: str, name: str, options: SourceOptions) -> li
     visible = {
         str(file): info for file, info in files.items() if not _is_hidden_below(root, str(file))
     }
-    return _known_files(fs, name, root, visible, visible)
+    return _known_files(fs, name, root, visible, visible, options)
 
 
 def _known_files(
@@ -282,6 +282,7 @@ def _known_files(
     root: str,
     files: Mapping[str, Mapping[str, Any]],
     siblings: Mapping[str, Any],
+    options: SourceOptions,
 ) -> list[Found]:
     """Those of ``files`` that are sources, sorted by path, with their sidecars."""
     sidecars: dict[str, list[str]] = {}
@@ -292,8 +293,12 @@ def _known_files(
     for file in sorted(files):
         kind = kind_of(file)
         if kind is not None:
+            info = files[file]
+            if kind != "file" and info.get("size") is None:
+                # HTTP lists names only, and what is opened must be what was planned.
+                info = retry(partial(fs.info, file), what=file, options=options)
             beside = sidecars.get(stem_of(file), []) if kind == "file" else []
-            found.append(_found(fs, name, file, files[file], kind, root, beside))
+            found.append(_found(fs, name, file, info, kind, root, beside))
     if not found:
         raise SourceNotFoundError(name)
     return found

@@ -419,12 +419,14 @@ def test_chained_urls_are_opened_as_they_were_found(tmp_path):
 
 @pytest.fixture
 def http_server(tmp_path):
-    """Serves tmp_path with sizes, but without ranges, as many simple servers do."""
+    """Serves tmp_path with sizes and lists, but without ranges, as many simple servers do."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = tmp_path / self.path.partition("?")[0].lstrip("/")
             data = path.read_bytes() if path.is_file() else b""
+            if path.is_dir():
+                data = "".join(f'<a href="{item.name}">' for item in path.iterdir()).encode()
             self.send_response(200 if data else 404)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -447,7 +449,9 @@ def http_server(tmp_path):
 
 def test_plain_http_servers_without_ranges_serve_tars_and_images(tmp_path, http_server):
     put(tmp_path, "1.tar", "2.tar", "x.jpg")
-    assert keys_of(f"{http_server}/{{1..2}}.tar") == ["1/a", "1/b", "2/a", "2/b"]
+    for name in ("{1..2}.tar", "*.tar"):
+        assert keys_of(f"{http_server}/{name}") == ["1/a", "1/b", "2/a", "2/b"]
+    assert keys_of(f"{http_server}/") == ["1.tar/a", "1.tar/b", "2.tar/a", "2.tar/b", "x.jpg"]
     assert keys_of(f"{http_server}/x.jpg") == ["x.jpg"]
     with pytest.raises(SourceNotFoundError):
         plan_units([f"{http_server}/none.tar"])
