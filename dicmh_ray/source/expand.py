@@ -70,6 +70,8 @@ def expand_sources(
     """
     found: dict[str, Found] = {}
     for source in sources:
+        # A listing from before an upload would call what is found now missing when it is read.
+        open_filesystem(source, options)[0].invalidate_cache()
         names = [source] if _exists(source, options) else list(expand_braces(source))
         for item in _parallel(names, options):
             found.setdefault(item.uri, item)

@@ -6,11 +6,13 @@ import pickle
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -415,6 +417,42 @@ def test_chained_urls_are_opened_as_they_were_found(tmp_path):
     options = {"storage_options": {"simplecache": {"cache_storage": str(tmp_path / ".cache")}}}
     found = keys_of(f"simplecache::file://{tmp_path}/{{1..2}}.tar", **options)
     assert found == ["1/a", "1/b", "2/a", "2/b"]
+
+
+class ListsOnce(LocalFileSystem):
+    """Goes by what it has listed, as s3fs does, of which all threads share one."""
+
+    protocol = "listsonce"
+    listed: ClassVar[set[str]] = set()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.removeprefix("listsonce://")
+
+    def unstrip_protocol(self, name):
+        return f"listsonce://{name}"
+
+    def find(self, path, **options):
+        found = super().find(path, **options)
+        type(self).listed = self.listed or {*found}
+        return found
+
+    def _open(self, path, mode="rb", **options):
+        if self.listed and path not in self.listed:
+            raise FileNotFoundError(path)
+        return super()._open(path, mode, **options)
+
+    def invalidate_cache(self, path=None):
+        type(self).listed = set()
+
+
+def test_a_plan_looks_anew_at_what_was_listed_before(tmp_path):
+    fsspec.register_implementation(ListsOnce.protocol, ListsOnce, clobber=True)
+    put(tmp_path, "1.jpg")
+    assert keys_of(f"listsonce://{tmp_path}") == ["1.jpg"]
+    put(tmp_path, "2.jpg")
+    errors = [image.error for image in images_of([f"listsonce://{tmp_path}"])]
+    assert errors == [None, None]
 
 
 @pytest.fixture
