@@ -121,15 +121,20 @@ def retry(action: Callable[[], T], *, what: str, options: SourceOptions) -> T:
     """Run ``action``, again after transient errors.
 
     Raises:
-        OSError: (or a client's own error) the last one, after ``num_retries`` more attempts.
+        OSError: the last error, after ``num_retries`` more attempts; a client's own, that is none,
+            in a ConnectionError.
     """
     attempt = 0
     while True:
         try:
             return action()
         except Exception as exc:
-            if not is_transient(exc) or attempt >= options.num_retries:
+            if not is_transient(exc):
                 raise
+            if attempt >= options.num_retries:
+                if isinstance(exc, OSError):
+                    raise
+                raise ConnectionError(f"{what}: {type(exc).__name__}: {exc}") from exc
             _pause(what, attempt, exc, options)
             attempt += 1
 

@@ -446,6 +446,18 @@ class ListsOnce(LocalFileSystem):
         type(self).listed = set()
 
 
+def test_an_error_of_a_client_that_is_no_oserror_becomes_one(tmp_path, monkeypatch):
+    class NoCredentials(Exception):
+        __module__ = "botocore.exceptions"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NoCredentials("no credentials")
+
+    monkeypatch.setattr(LocalFileSystem, "info", refuse)
+    with pytest.raises(ConnectionError, match=r"x\.jpg: NoCredentials: no credentials"):
+        plan_units([str(tmp_path / "x.jpg")], options=SourceOptions(num_retries=0))
+
+
 def test_a_plan_looks_anew_at_what_was_listed_before(tmp_path):
     fsspec.register_implementation(ListsOnce.protocol, ListsOnce, clobber=True)
     put(tmp_path, "1.jpg")
