@@ -14,7 +14,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import fsspec
 from fsspec.implementations.chained import ChainedFileSystem
@@ -132,11 +132,16 @@ def retry(action: Callable[[], T], *, what: str, options: SourceOptions) -> T:
             if not is_transient(exc):
                 raise
             if attempt >= options.num_retries:
-                if isinstance(exc, OSError):
-                    raise
-                raise ConnectionError(f"{what}: {type(exc).__name__}: {exc}") from exc
+                _give_up(exc, what)
             _pause(what, attempt, exc, options)
             attempt += 1
+
+
+def _give_up(exc: Exception, what: str) -> NoReturn:
+    """Raise a transient error for good; a job retries units on an OSError, not on a client's own."""
+    if isinstance(exc, OSError):
+        raise exc
+    raise ConnectionError(f"{what}: {type(exc).__name__}: {exc}") from exc
 
 
 def _pause(what: str, attempt: int, exc: Exception, options: SourceOptions) -> None:
@@ -230,7 +235,9 @@ class RetryingFile(io.RawIOBase):
                 self._has_failed = True
                 if not is_transient(exc) or attempt >= self._options.num_retries:
                     self.failure = exc
-                    raise
+                    if not is_transient(exc):
+                        raise
+                    _give_up(exc, self.uri)
                 _pause(f"{self.uri} at byte {self._offset}", attempt, exc, self._options)
                 attempt += 1
             else:

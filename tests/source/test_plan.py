@@ -21,6 +21,7 @@ from dicmh_ray.errors import SourceAddressError, SourceFormatError, SourceNotFou
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
 from dicmh_ray.source.expand import expand_braces
 from dicmh_ray.source.image import MAX_KEY_BYTES, UniqueKeys, key_text, tags_from_metadata
+from dicmh_ray.source.store import RetryingFile
 from tests.source.pictures import jpeg, tar_bytes
 
 JPEG = jpeg()
@@ -453,9 +454,15 @@ def test_an_error_of_a_client_that_is_no_oserror_becomes_one(tmp_path, monkeypat
     def refuse(*_: object, **__: object) -> None:
         raise NoCredentials("no credentials")
 
+    options = SourceOptions(num_retries=0)
+    put(tmp_path, "x.tar")
+    (unit,) = plan_units([str(tmp_path / "x.tar")])
+    monkeypatch.setattr(RetryingFile, "_read_once", refuse)
+    with pytest.raises(ConnectionError, match=r"x\.tar: NoCredentials: no credentials"):
+        list(read_unit(unit, options=options))
     monkeypatch.setattr(LocalFileSystem, "info", refuse)
-    with pytest.raises(ConnectionError, match=r"x\.jpg: NoCredentials: no credentials"):
-        plan_units([str(tmp_path / "x.jpg")], options=SourceOptions(num_retries=0))
+    with pytest.raises(ConnectionError, match=r"x\.tar: NoCredentials: no credentials"):
+        plan_units([str(tmp_path / "x.tar")], options=options)
 
 
 def test_a_plan_looks_anew_at_what_was_listed_before(tmp_path):
