@@ -197,6 +197,22 @@ def test_events_on_standard_error_are_all_that_is_there(run, tmp_path):
     assert events[-1] == "job_ended"
 
 
+@pytest.mark.parametrize("option", ["--log-json", "--metrics-file", "--report"])
+def test_a_url_is_refused_where_a_job_keeps_a_file(run, tmp_path, option):
+    command = ("compress", *write_tars(tmp_path), tmp_path / "a", "--runtime", "local")
+    assert "bucket/file is a URL" in run(*command, option, "s3://bucket/file", code=2).output
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["no-folder/job.prom", "folder"])
+def test_metrics_that_cannot_be_written_end_a_job_before_it_begins(run, tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    command = ("compress", *write_tars(tmp_path), tmp_path / "a", "--runtime", "local")
+    assert "error: " in run(*command, "--metrics-file", tmp_path / name, code=1).stderr
+    assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_job_that_fails_leaves_its_page_too(run, tmp_path):
     tar = write_tar(tmp_path / "x.tar", {"a": b"junk", "b": bmp(picture(1))})
     page = tmp_path / "report.html"

@@ -331,6 +331,7 @@ class Store:
         """The result of a request, made again while its error may pass.
 
         Raises:
+            StoreAddressError: the client has no such request: it only reads.
             StoreUnavailableError: all tries are spent.
         """
         error: OSError | None = None
@@ -338,6 +339,9 @@ class Store:
             try:
                 with self._boundary(name):
                     return request()
+            except NotImplementedError as exc:
+                client = type(self._fs).__name__
+                raise StoreAddressError(self.uri, f"{client} cannot write there") from exc
             except OSError as exc:
                 if not may_pass(exc):
                     raise

@@ -13,7 +13,7 @@ WATCH, DRY = "Watch and report", "Dry run"
 """Headings of options, in the help of commands that have so many that they need some."""
 
 
-def on_this_machine(path: Path | None) -> Path | None:
+def on_this_machine(path: Path | str | None) -> Path | str | None:
     """Refuse a URL where a file or folder is written: it would become a folder named ``s3:``.
 
     Raises:

@@ -95,7 +95,9 @@ def observers_of(arguments: CompressArguments, stack: ExitStack) -> list[JobObse
             stream = stack.enter_context(file)
         observers.append(JsonEventLog(stream))
     if arguments.metrics_file is not None:
-        observers.append(MetricsObserver(TextfileSink(path=arguments.metrics_file)))
+        sink = TextfileSink(path=arguments.metrics_file)
+        sink.write()  # later a job would go on without
+        observers.append(MetricsObserver(sink))
     return observers
 
 

@@ -275,7 +275,7 @@ def plan_work(
     base = open_snapshot(archive, storage_options=storage_options) if append else None
     checkpoint = choose_checkpoint(codec, base)
     if base is None:
-        units = plan_units(sources, options=source_options)
+        units = plan_units(sources, options=source_options, target=archive)
     else:
         units = plan_append(sources, base, source_options)
     parameters: dict[str, Any] = {"policy": policy.to_dict(), "source": source_options.to_dict()}
@@ -321,7 +321,7 @@ def plan_append(sources: Sequence[str], base: Snapshot, options: SourceOptions) 
         uri for unit in known if unit.get("kind") == "files" for uri in Unit.from_dict(unit).uri
     }
     present = {unit_identity(unit) for unit in known}
-    units = plan_units(sources, options=options, known_files=files)
+    units = plan_units(sources, options=options, known_files=files, target=base.uri)
     new = [unit for unit in units if unit_identity(unit.to_dict()) not in present]
     tables = {(unit["uri"], unit["etag"]) for unit in known if unit.get("kind") == "parquet"}
     for unit in new:

@@ -13,6 +13,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -269,14 +270,23 @@ class TextfileSink:
         if not is_last and now - self._written < self.interval_s:
             return
         self._written = now
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            temporary.write_text(self.text())
-            temporary.replace(self.path)
+            self.write()
         except OSError as exc:
             if not self._is_broken:
                 _log.warning("metrics are not written: %s", exc)
             self._is_broken = True
+
+    def write(self) -> None:
+        """Write the file now. Raises OSError where it cannot be."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.text())
+            temporary.replace(self.path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
     def text(self) -> str:
         """The file."""

@@ -19,17 +19,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
 from dicmh_ray.errors import SourceFormatError, SourceNotFoundError
 from dicmh_ray.source.files import SIDECAR_EXTENSIONS, stem_of
 from dicmh_ray.source.magic import IMAGE_EXTENSIONS
 from dicmh_ray.source.options import SourceOptions
-from dicmh_ray.source.store import identity, open_filesystem, retry, uri_like
+from dicmh_ray.source.store import identity, open_filesystem, plain_path, retry, uri_like
 
 MAX_BRACE_NAMES = 1_000_000
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _REFUSED = re.compile(r"\.(tar\.(bz2|xz|zst|lz4)|tbz2?|txz|zip|7z|rar|tfrecords?|mds|lance)$")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _MAGIC = re.compile(r"[*?\[]")
+# Parts, row indexes and results, by their names: there may be sources in the same folder.
+_OWN = re.compile(r"(data/part-|index/|analysis/[^/]+/)[^/]*-[0-9a-f]{16}\.parquet")
+# fsspec's word for pipes, sockets and devices: to open a pipe may wait for ever.
+_NO_FILE = "other"
 _NUM_PARALLEL_LOOKUPS = 16
 
 Kind = Literal["tar", "parquet", "file"]
@@ -49,8 +56,12 @@ class Found:
     sidecars: tuple[str, ...] = ()
 
 
-def expand_sources(sources: Sequence[str], options: SourceOptions) -> list[Found]:
+def expand_sources(
+    sources: Sequence[str], options: SourceOptions, *, target: str | None = None
+) -> list[Found]:
     """Resolve all arguments; an object named twice is kept where it is named first.
+
+    Tables of an archive at the address ``target`` are passed over.
 
     Raises:
         SourceNotFoundError: an argument, or one name its braces give, matches nothing.
@@ -59,10 +70,19 @@ def expand_sources(sources: Sequence[str], options: SourceOptions) -> list[Found
     """
     found: dict[str, Found] = {}
     for source in sources:
+        # A listing from before an upload would call what is found now missing when it is read.
+        open_filesystem(source, options)[0].invalidate_cache()
         names = [source] if _exists(source, options) else list(expand_braces(source))
         for item in _parallel(names, options):
             found.setdefault(item.uri, item)
-    return list(found.values())
+    if target is None:
+        return list(found.values())
+    folder = _folder_uri(target)
+    return [
+        item
+        for item in found.values()
+        if not (item.uri.startswith(folder) and _OWN.fullmatch(item.uri, len(folder)))
+    ]
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -179,6 +199,20 @@ def _parallel(names: list[str], options: SourceOptions) -> Iterator[Found]:
             yield from items
 
 
+def _folder_uri(address: str) -> str:
+    """What the URIs of the objects below an address begin with."""
+    scheme = address.partition("://")[0] if "://" in address else "file"
+    try:
+        kind: Any = fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError):
+        return address  # who opens it says what is wrong with it
+    protocol = kind.protocol if isinstance(kind.protocol, str) else kind.protocol[0]
+    path = str(kind._strip_protocol(address))
+    if issubclass(kind, LocalFileSystem):
+        path = plain_path(path)
+    return f"{protocol}://{path.rstrip('/')}/"
+
+
 def _exists(source: str, options: SourceOptions) -> bool:
     """Whether a name with braces is a real one, braces and all."""
     if "{" not in source:
@@ -197,6 +231,8 @@ def _resolve(name: str, options: SourceOptions) -> list[Found]:
         raise SourceNotFoundError(name) from exc
     if info["type"] == "directory" or name.endswith("/"):
         return _resolve_folder(fs, path, name, options)
+    if info["type"] == _NO_FILE:
+        raise SourceFormatError(name, "is no file but a pipe, a socket or a device")
     if match := _REFUSED.search(path.lower()):
         raise SourceFormatError(name, f"{match[0]} files cannot be read, only tar and Parquet")
     root = _parent(path)
@@ -221,13 +257,13 @@ def _resolve_glob(fs: Any, path: str, name: str, options: SourceOptions) -> list
     files = {
         str(match): info
         for match, info in infos.items()
-        if info["type"] != "directory" and not _is_hidden_below(root, str(match))
+        if info["type"] not in ("directory", _NO_FILE) and not _is_hidden_below(root, str(match))
     }
     siblings: dict[str, Any] = {}
     for folder in sorted({_parent(file).rstrip("/") for file in files if kind_of(file) == "file"}):
         for info in retry(partial(fs.ls, folder, detail=True), what=name, options=options):
             siblings[str(info["name"])] = info
-    return _known_files(fs, name, root, files, siblings | files)
+    return _known_files(fs, name, root, files, siblings | files, options)
 
 
 def _resolve_folder(fs: Any, path: str, name: str, options: SourceOptions) -> list[Found]:
@@ -239,7 +275,7 @@ def _resolve_folder(fs: Any, path: str, name: str, options: SourceOptions) -> li
     visible = {
         str(file): info for file, info in files.items() if not _is_hidden_below(root, str(file))
     }
-    return _known_files(fs, name, root, visible, visible)
+    return _known_files(fs, name, root, visible, visible, options)
 
 
 def _known_files(
@@ -248,6 +284,7 @@ def _known_files(
     root: str,
     files: Mapping[str, Mapping[str, Any]],
     siblings: Mapping[str, Any],
+    options: SourceOptions,
 ) -> list[Found]:
     """Those of ``files`` that are sources, sorted by path, with their sidecars."""
     sidecars: dict[str, list[str]] = {}
@@ -258,8 +295,12 @@ def _known_files(
     for file in sorted(files):
         kind = kind_of(file)
         if kind is not None:
+            info = files[file]
+            if kind != "file" and info.get("size") is None:
+                # HTTP lists names only, and what is opened must be what was planned.
+                info = retry(partial(fs.info, file), what=file, options=options)
             beside = sidecars.get(stem_of(file), []) if kind == "file" else []
-            found.append(_found(fs, name, file, files[file], kind, root, beside))
+            found.append(_found(fs, name, file, info, kind, root, beside))
     if not found:
         raise SourceNotFoundError(name)
     return found

@@ -115,6 +115,7 @@ def plan_units(
     *,
     options: SourceOptions | None = None,
     known_files: Collection[str] = (),
+    target: str | None = None,
 ) -> list[Unit]:
     """Find everything ``sources`` name and cut it into units; the same answer every time.
 
@@ -123,6 +124,8 @@ def plan_units(
             images and folders; braces and globs are expanded (:mod:`dicmh_ray.source.expand`).
         options: the same object later goes to :func:`read_unit`.
         known_files: URIs of image files that are left out; the keys of the others are as with them.
+        target: address of the archive to be written. Its tables are no sources: the next run would
+            find them where it lies in a folder of its sources.
 
     Returns:
         Units in the order of the arguments; inside one argument, of sorted paths. Image files
@@ -135,7 +138,7 @@ def plan_units(
         SourceAddressError: a URL carries a password, or no filesystem can be had for it.
     """
     options = options or SourceOptions()
-    found = expand_sources(sources, options)
+    found = expand_sources(sources, options, target=target)
     if not found:
         return []
     prefixes = _container_prefixes(found, options)

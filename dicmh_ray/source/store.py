@@ -9,14 +9,16 @@ import datetime
 import inspect
 import io
 import logging
+import os
 import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import fsspec
 from fsspec.implementations.chained import ChainedFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from dicmh_ray.errors import SourceAddressError, SourceChangedError
 from dicmh_ray.source.options import SourceOptions
@@ -71,11 +73,22 @@ def open_filesystem(uri: str, options: SourceOptions) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(before + link + behind, **options.storage_options)
         # fsspec takes every "::" for a link of a chain: what is none is shown to the store only.
-        return fs, str(path if link == own else fs._strip_protocol(own))
+        path = str(path if link == own else fs._strip_protocol(own))
+        return fs, plain_path(path) if isinstance(fs, LocalFileSystem) else path
     except (ImportError, TypeError, ValueError) as exc:
         raise SourceAddressError(
             uri, f"wanted a path, or a URL that fsspec can open: {exc}"
         ) from exc
+
+
+def plain_path(path: str) -> str:
+    """A local path without ``.``, ``..`` and doubled slashes: one file has one address."""
+    plain = os.path.normpath(path)
+    if ".." in path.split("/"):
+        real = os.path.realpath(path)
+        # Behind a link to a folder, ``..`` leads elsewhere than its letters say.
+        return plain if os.path.realpath(plain) == real else real
+    return plain
 
 
 def uri_like(uri: str, fs: Any, path: str) -> str:
@@ -108,17 +121,27 @@ def retry(action: Callable[[], T], *, what: str, options: SourceOptions) -> T:
     """Run ``action``, again after transient errors.
 
     Raises:
-        OSError: (or a client's own error) the last one, after ``num_retries`` more attempts.
+        OSError: the last error, after ``num_retries`` more attempts; a client's own, that is none,
+            in a ConnectionError.
     """
     attempt = 0
     while True:
         try:
             return action()
         except Exception as exc:
-            if not is_transient(exc) or attempt >= options.num_retries:
+            if not is_transient(exc):
                 raise
+            if attempt >= options.num_retries:
+                _give_up(exc, what)
             _pause(what, attempt, exc, options)
             attempt += 1
+
+
+def _give_up(exc: Exception, what: str) -> NoReturn:
+    """Raise a transient error for good; a job retries units on an OSError, not on a client's own."""
+    if isinstance(exc, OSError):
+        raise exc
+    raise ConnectionError(f"{what}: {type(exc).__name__}: {exc}") from exc
 
 
 def _pause(what: str, attempt: int, exc: Exception, options: SourceOptions) -> None:
@@ -212,7 +235,9 @@ class RetryingFile(io.RawIOBase):
                 self._has_failed = True
                 if not is_transient(exc) or attempt >= self._options.num_retries:
                     self.failure = exc
-                    raise
+                    if not is_transient(exc):
+                        raise
+                    _give_up(exc, self.uri)
                 _pause(f"{self.uri} at byte {self._offset}", attempt, exc, self._options)
                 attempt += 1
             else:

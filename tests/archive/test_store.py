@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
@@ -217,6 +218,14 @@ def test_the_probe_catches_a_client_that_looks_before_it_writes(tmp_path):
     with pytest.raises(NotImplementedError, match="LooksThenWrites has no conditional put"):
         store.put_if_absent("x", b"1")
     assert store.list("") == []
+
+
+def test_an_address_that_can_only_be_read_is_no_place_for_an_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("x", b"")
+    address = f"zip://archive::{tmp_path}/a.zip"
+    with pytest.raises(StoreAddressError, match="ZipFileSystem cannot write there"):
+        probe(open_store(address))
 
 
 class TestPutOnce:

@@ -54,6 +54,29 @@ def test_names_that_are_no_utf8_are_archived_under_printable_ones(tmp_path):
     assert row == (f"{address}/%FE.tar", b"")
 
 
+@pytest.mark.parametrize("name", ["archive", "archive/", "../photos/archive"])
+def test_an_archive_inside_its_own_source_is_none_of_it(tmp_path, monkeypatch, name):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "a.bmp").write_bytes(PICTURES[0])
+    (folder / "t.tar").write_bytes(tar_bytes([("m.bmp", PICTURES[1])]))
+    first = compress(folder, name)
+    assert first.keys() == {"a.bmp", "t.tar/m"}
+    assert compress(folder, name) == first
+    (folder / "b.bmp").write_bytes(PICTURES[2])
+    assert compress("**", name, append=True).keys() == {"a.bmp", "b.bmp", "t.tar/m"}
+
+
+def test_sources_may_lie_in_the_folder_of_the_archive(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.bmp").write_bytes(PICTURES[0])
+    pq.write_table(pa.table({"image": PICTURES[1:2]}), tmp_path / "data/b.parquet")
+    for _ in range(2):
+        rows = compress(tmp_path, tmp_path)
+        assert rows.keys() == {"data/a.bmp", "data/b.parquet/b-00000000"}
+
+
 def test_a_column_that_is_not_there_ends_the_job_before_anything_is_written(tmp_path):
     pq.write_table(pa.table({"image": PICTURES}), tmp_path / "a.parquet")
     archive = tmp_path / "archive"

@@ -6,11 +6,13 @@ import pickle
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +21,7 @@ from dicmh_ray.errors import SourceAddressError, SourceFormatError, SourceNotFou
 from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
 from dicmh_ray.source.expand import expand_braces
 from dicmh_ray.source.image import MAX_KEY_BYTES, UniqueKeys, key_text, tags_from_metadata
+from dicmh_ray.source.store import RetryingFile
 from tests.source.pictures import jpeg, tar_bytes
 
 JPEG = jpeg()
@@ -142,11 +145,38 @@ def test_a_file_that_is_named_outright_needs_no_extension(tmp_path):
     assert keys_of(tmp_path / "photo", tmp_path / "x.dat") == ["photo", "x.dat"]
 
 
+def test_pipes_are_refused_and_passed_over(tmp_path):
+    put(tmp_path, "a.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for source in (tmp_path, tmp_path / "*.jpg"):
+        assert keys_of(source) == ["a.jpg"]
+    with pytest.raises(SourceFormatError, match="pipe, a socket"):
+        plan_units([str(tmp_path / "pipe.jpg")])
+
+
 def test_an_object_named_twice_is_read_once(tmp_path, monkeypatch):
     put(tmp_path, "a.jpg", "b.jpg", "t.tar")
     monkeypatch.chdir(tmp_path)
     sources = ["b.jpg", str(tmp_path), "*.jpg", f"file://{tmp_path}/t.tar", "./t.tar"]
     assert keys_of(*sources) == ["b.jpg", "a.jpg", "t.tar/a", "t.tar/b"]
+
+
+def test_a_file_has_one_address_however_its_path_is_spelled(tmp_path, monkeypatch):
+    put(tmp_path, "photos/a.jpg", "photos/t.tar", "work/b.jpg", "far/near/c.jpg", "far/d.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "far/near")
+    monkeypatch.chdir(tmp_path / "work")
+    folder, plain = tmp_path / "photos", f"file://{tmp_path}/photos"
+    spellings = [
+        "../photos",
+        f"{folder}//",
+        f"{tmp_path}/./photos",
+        "../photos/*",
+        f"{folder}/../photos",
+    ]
+    for sources in ([spelling] for spelling in spellings):
+        assert [unit.uri for unit in plan_units(sources)] == [(f"{plain}/a.jpg",), f"{plain}/t.tar"]
+    assert keys_of(*spellings, folder) == ["a.jpg", "t.tar/a", "t.tar/b"]
+    assert keys_of("../link/../d.jpg", "../far/d.jpg") == ["d.jpg"]
 
 
 def test_sidecars_beside_files_become_metadata(tmp_path):
@@ -390,14 +420,70 @@ def test_chained_urls_are_opened_as_they_were_found(tmp_path):
     assert found == ["1/a", "1/b", "2/a", "2/b"]
 
 
+class ListsOnce(LocalFileSystem):
+    """Goes by what it has listed, as s3fs does, of which all threads share one."""
+
+    protocol = "listsonce"
+    listed: ClassVar[set[str]] = set()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.removeprefix("listsonce://")
+
+    def unstrip_protocol(self, name):
+        return f"listsonce://{name}"
+
+    def find(self, path, **options):
+        found = super().find(path, **options)
+        type(self).listed = self.listed or {*found}
+        return found
+
+    def _open(self, path, mode="rb", **options):
+        if self.listed and path not in self.listed:
+            raise FileNotFoundError(path)
+        return super()._open(path, mode, **options)
+
+    def invalidate_cache(self, path=None):
+        type(self).listed = set()
+
+
+def test_an_error_of_a_client_that_is_no_oserror_becomes_one(tmp_path, monkeypatch):
+    class NoCredentials(Exception):
+        __module__ = "botocore.exceptions"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NoCredentials("no credentials")
+
+    options = SourceOptions(num_retries=0)
+    put(tmp_path, "x.tar")
+    (unit,) = plan_units([str(tmp_path / "x.tar")])
+    monkeypatch.setattr(RetryingFile, "_read_once", refuse)
+    with pytest.raises(ConnectionError, match=r"x\.tar: NoCredentials: no credentials"):
+        list(read_unit(unit, options=options))
+    monkeypatch.setattr(LocalFileSystem, "info", refuse)
+    with pytest.raises(ConnectionError, match=r"x\.tar: NoCredentials: no credentials"):
+        plan_units([str(tmp_path / "x.tar")], options=options)
+
+
+def test_a_plan_looks_anew_at_what_was_listed_before(tmp_path):
+    fsspec.register_implementation(ListsOnce.protocol, ListsOnce, clobber=True)
+    put(tmp_path, "1.jpg")
+    assert keys_of(f"listsonce://{tmp_path}") == ["1.jpg"]
+    put(tmp_path, "2.jpg")
+    errors = [image.error for image in images_of([f"listsonce://{tmp_path}"])]
+    assert errors == [None, None]
+
+
 @pytest.fixture
 def http_server(tmp_path):
-    """Serves tmp_path with sizes, but without ranges, as many simple servers do."""
+    """Serves tmp_path with sizes and lists, but without ranges, as many simple servers do."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = tmp_path / self.path.partition("?")[0].lstrip("/")
             data = path.read_bytes() if path.is_file() else b""
+            if path.is_dir():
+                data = "".join(f'<a href="{item.name}">' for item in path.iterdir()).encode()
             self.send_response(200 if data else 404)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -420,7 +506,9 @@ def http_server(tmp_path):
 
 def test_plain_http_servers_without_ranges_serve_tars_and_images(tmp_path, http_server):
     put(tmp_path, "1.tar", "2.tar", "x.jpg")
-    assert keys_of(f"{http_server}/{{1..2}}.tar") == ["1/a", "1/b", "2/a", "2/b"]
+    for name in ("{1..2}.tar", "*.tar"):
+        assert keys_of(f"{http_server}/{name}") == ["1/a", "1/b", "2/a", "2/b"]
+    assert keys_of(f"{http_server}/") == ["1.tar/a", "1.tar/b", "2.tar/a", "2.tar/b", "x.jpg"]
     assert keys_of(f"{http_server}/x.jpg") == ["x.jpg"]
     with pytest.raises(SourceNotFoundError):
         plan_units([f"{http_server}/none.tar"])

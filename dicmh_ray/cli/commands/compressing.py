@@ -25,6 +25,7 @@ from dicmh_ray.cli.options import (
     ThresholdOption,
     TopKOption,
     VocabularyOption,
+    on_this_machine,
 )
 from dicmh_ray.cli.program import app
 from dicmh_ray.cli.sections import SectionedCommand
@@ -206,6 +207,7 @@ def compress(
     log_json: Annotated[
         str | None,
         typer.Option(
+            callback=on_this_machine,
             metavar="FILE",
             help="Append events as JSON lines; `-` is standard error.",
             rich_help_panel=WATCH,
@@ -214,6 +216,7 @@ def compress(
     metrics_file: Annotated[
         Path | None,
         typer.Option(
+            callback=on_this_machine,
             metavar="FILE.prom",
             help="Keep metrics there, in Prometheus' text format.",
             rich_help_panel=WATCH,
@@ -222,6 +225,7 @@ def compress(
     report: Annotated[
         Path | None,
         typer.Option(
+            callback=on_this_machine,
             metavar="FILE",
             help="Write a summary at the end: a page, or *.json.",
             rich_help_panel=WATCH,
