@@ -119,17 +119,17 @@ def find_images(sources: Sequence[str | Path]) -> list[tuple[str, Path]]:
         folders have that) and its path.
 
     Raises:
-        SourceNotFoundError: there is none.
+        SourceNotFoundError: one of the sources is no image file and holds none.
     """
     found: dict[Path, str] = {}
     for source in map(Path, sources):
-        if source.is_file():
-            found.setdefault(source, source.name)
+        named = {source: source.name} if source.is_file() else {}
         for path in source.rglob("*"):
             if path.suffix.lower() in SUFFIXES and path.is_file():
-                found.setdefault(path, path.relative_to(source).as_posix())
-    if not found:
-        raise SourceNotFoundError(", ".join(map(str, sources)))
+                named[path] = path.relative_to(source).as_posix()
+        if not named:
+            raise SourceNotFoundError(str(source))
+        found = named | found
     times = Counter(found.values())
     return sorted((name if times[name] == 1 else str(path), path) for path, name in found.items())
 

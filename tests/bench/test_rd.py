@@ -311,3 +311,12 @@ def test_small_pictures_keep_their_size_and_long_names_their_end():
     assert np.array_equal(sheet[12:32, 12:32], a_picture(20, 20))
     with pytest.raises(ValueError, match="cell"):
         bench.draw_sheet([[]])
+
+
+def test_a_mistyped_source_is_refused_beside_one_that_is_there(tmp_path):
+    Image.fromarray(a_picture()).save(tmp_path / "a.png")
+    with pytest.raises(SourceNotFoundError, match=r"b\.png"):
+        find_images([tmp_path / "a.png", tmp_path / "b.png"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceNotFoundError, match="empty"):
+        find_images([tmp_path, tmp_path / "empty"])
