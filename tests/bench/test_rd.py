@@ -14,7 +14,7 @@ from dicmh_ray import bench
 from dicmh_ray.bench.bd_rate import bd_rate
 from dicmh_ray.bench.rd import average, curve_of
 from dicmh_ray.bench.subject import find_images, for_each_picture
-from dicmh_ray.errors import MissingExtraError, SourceNotFoundError
+from dicmh_ray.errors import MissingExtraError, SourceFormatError, SourceNotFoundError
 from tests.bench.tiny import JPEG, QUICK, CodecWithMsSsim, a_picture
 from tests.fake_codec import POISON, FakeCodec
 
@@ -272,7 +272,7 @@ def test_a_folder_without_usable_images_is_named(tmp_path):
     with pytest.raises(SourceNotFoundError):
         bench.evaluate_rd([tmp_path], FakeCodec())
     (tmp_path / "bad.png").write_bytes(b"bad")
-    with pytest.raises(SourceNotFoundError):
+    with pytest.raises(SourceFormatError, match=r"none of 1 .*; bad\.png: "):
         bench.evaluate_rd([tmp_path], FakeCodec())
 
 
