@@ -11,7 +11,7 @@ with more minutes.
 import csv
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from dicmh_ray.codec.run_state import CHECKPOINT_NAME, Report
 from dicmh_ray.codec.training import TrainOptions, train
 from dicmh_ray.errors import SourceFormatError, SourceImageError
 from dicmh_ray.source import SourceOptions, load_pixels, plan_units, read_unit
+from dicmh_ray.tags import encode_tags
 
 PACK_NAME = "photographs"
 MIN_SIDE_PX = 192
@@ -105,21 +106,42 @@ CLASS_OF_SUBJECT: Mapping[str, str] = {
 def read_labels(paths: Sequence[Path]) -> dict[str, str]:
     """Tags of photographs by file name, from CSV files with columns ``file`` and ``label``.
 
-    A label becomes the word for its kind: lower case, without a number at its end, and through
-    :data:`CLASS_OF_SUBJECT`.
+    A label becomes the word for its kind (:func:`kind_of_label`).
 
     Raises:
-        SourceFormatError: a file has no such columns.
+        SourceFormatError: a file has no such columns, or a label cannot be a tag.
     """
-    labels: dict[str, str] = {}
-    for path in paths:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if not row.get("file") or not row.get("label"):
+    return {file: kind_of_label(label) for path in paths for file, label in label_rows(path)}
+
+
+def label_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """File name and label of each row of a CSV file, in UTF-8 with or without a mark at its start.
+
+    Raises:
+        SourceFormatError: it has no such columns, or a label cannot be a tag.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"file", "label"} <= set(rows.fieldnames or ()):
+                raise SourceFormatError(
+                    str(path), f"a header without `file` or `label`: {rows.fieldnames}"
+                )
+            for row in rows:
+                if not row["file"] or not row["label"]:
                     raise SourceFormatError(str(path), f"a row without `file` or `label`: {row}")
-                word = row["label"].lower().rstrip("0123456789")
-                labels[row["file"]] = CLASS_OF_SUBJECT.get(word, word)
-    return labels
+                # Now, not when a checkpoint is written after hours of training.
+                encode_tags([kind_of_label(row["label"])])
+                yield row["file"], row["label"]
+    except (ValueError, csv.Error) as exc:
+        raise SourceFormatError(str(path), str(exc)) from exc
+
+
+def kind_of_label(label: str) -> str:
+    """Lower case, without a number at its end unless it is one, and through :data:`CLASS_OF_SUBJECT`."""
+    word = label.lower()
+    word = word.rstrip("0123456789") or word
+    return CLASS_OF_SUBJECT.get(word, word)
 
 
 def pack_photographs(

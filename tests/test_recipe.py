@@ -169,6 +169,32 @@ def test_labels_become_words_for_kinds(tmp_path: Path) -> None:
         read_labels([table])
 
 
+def test_labels_come_from_spreadsheets_and_can_be_numbers(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_bytes(b"\xef\xbb\xbffile,label\r\na.jpg,dog3\r\nb.jpg,7\r\n")
+    assert read_labels([table]) == {"a.jpg": "dog", "b.jpg": "7"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "without `file` or `label`"),
+        (b"a.jpg,dog\n", "without `file` or `label`"),
+        (b"file,label\na.jpg,caf\xe9\n", "utf-8"),
+        (b"file,label\na.jpg," + 200_000 * b"x", "field"),
+        (b"file,label\na.jpg," + 300 * b"x", "300 bytes"),
+        (b'file,label\na.jpg,"two\nlines"\n', "control character"),
+    ],
+)
+def test_labels_that_could_not_be_tags_are_refused_before_training(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_bytes(content)
+    with pytest.raises(SourceFormatError, match=reason):
+        read_labels([table])
+
+
 def test_labelled_crops_know_the_tags_of_their_pictures(folder: Path, tmp_path: Path) -> None:
     labels = {f"{n}.png": "even" if n % 2 == 0 else "odd" for n in range(6)}
     pack = pack_photographs([str(folder)], tmp_path, labels=labels)
