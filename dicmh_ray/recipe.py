@@ -163,7 +163,8 @@ def pack_photographs(
         report: called with a line of text at the end.
 
     Raises:
-        SourceError: a source cannot be read, or none of its pictures can be used.
+        SourceError: a source cannot be read, none of its pictures can be used, or none of those
+            packed has one of the labels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index_path = folder / f"{PACK_NAME}.json"
@@ -191,12 +192,19 @@ def pack_photographs(
                 ", ".join(sources),
                 f"none of {left_out} pictures can be decoded and has sides of {MIN_SIDE_PX} pixels",
             )
+        if labels and not any(tags for *_, tags in index):
+            raise SourceFormatError(
+                "labels", "no photograph has such a file name; those in tars and tables have none"
+            )
         part = index_path.with_suffix(".part")
         part.write_text(json.dumps(index))
         part.replace(index_path)
         if report is not None:
             report(f"packed {len(index)} photographs, {end / 2**20:.0f} MiB; left out {left_out}")
-    return PackedPhotographs(folder)
+    photographs = PackedPhotographs(folder)
+    if labels and not any(photographs.tags):
+        raise SourceFormatError("labels", f"the run in {folder.parent} was begun without")
+    return photographs
 
 
 def train_checkpoint(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,16 @@ def test_labelled_crops_know_the_tags_of_their_pictures(folder: Path, tmp_path: 
     assert words.shape == (7, 3)
     assert words[:, :2].sum(1).tolist() == [1.0] * 7
     assert not words[:, 2].any()
+
+
+def test_labels_that_no_packed_photograph_has_are_refused(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
+        tar.add(folder / "0.png", "0.png")
+    with pytest.raises(SourceFormatError, match="those in tars"):
+        pack_photographs([str(tmp_path / "pictures.tar")], tmp_path / "a", labels={"0.png": "dog"})
+    pack_photographs([str(folder)], tmp_path / "b" / "pack")
+    with pytest.raises(SourceFormatError, match="begun without"):
+        pack_photographs([str(folder)], tmp_path / "b" / "pack", labels={"0.png": "dog"})
 
 
 def test_a_run_of_another_shape_is_refused(photographs: PackedPhotographs, tmp_path: Path) -> None:
