@@ -20,9 +20,9 @@ from dicmh_ray.codec.checkpoint import Checkpoint
 from dicmh_ray.codec.export import export
 from dicmh_ray.codec.human_training import HumanOptions, train_human
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
-from dicmh_ray.codec.objectives import FeatureTeacher
 from dicmh_ray.codec.photographs import PackedPhotographs
-from dicmh_ray.codec.run_state import CHECKPOINT_NAME, Report
+from dicmh_ray.codec.run_state import CHECKPOINT_NAME, Report, RunFolder
+from dicmh_ray.codec.training import FILES as CODEC_FILES
 from dicmh_ray.codec.training import TrainOptions, train
 from dicmh_ray.errors import SourceFormatError, SourceImageError
 from dicmh_ray.source import SourceOptions, load_pixels, plan_units, read_unit
@@ -253,7 +253,7 @@ def train_checkpoint(
         teacher=teacher,
         report=report_step,
     )
-    return export_run(network, photographs, folder, preset=preset, teacher=teacher, report=report)
+    return export_run(network, photographs, folder, preset=preset, report=report)
 
 
 def train_networks(
@@ -310,14 +310,14 @@ def export_run(
     folder: Path,
     *,
     preset: str = "default",
-    teacher: Path | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Fit the tables to a run's network and write ``folder/checkpoint``; in one process alone."""
     chosen = PRESETS[preset]
     provenance: dict[str, Any] = {"preset": preset, "photographs": len(photographs.entries)}
-    if teacher is not None:
-        provenance["teacher"] = FeatureTeacher(teacher).identity
+    teachers = (RunFolder(folder, **CODEC_FILES).progress() or {}).get("teachers")
+    if teachers:
+        provenance["teacher"] = teachers[0] if len(teachers) == 1 else teachers
     return export(
         network.cpu(),
         photographs,

@@ -61,7 +61,7 @@ class Options:
 
     def bench(self) -> BenchOptions:
         """What is compared."""
-        teachers = teachers_of(read_checkpoint(self.checkpoint).config)
+        teachers = teachers_of(read_checkpoint(self.checkpoint))
         return BenchOptions(max_images=self.limit, threads=1, teachers=teachers)
 
 

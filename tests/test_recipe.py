@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dicmh_ray.codec.photographs import PackedPhotographs
 from dicmh_ray.codec.training import CodecStage, Distortion, TrainOptions, grow_from, train
 from dicmh_ray.errors import SourceFormatError, WeightsError
 from dicmh_ray.recipe import PRESETS, pack_photographs, read_labels, train_checkpoint
+from tests.tiny_teacher import write_teacher
 
 TINY = PRESETS["tiny"]
 CODEC = dataclasses.replace(TINY.network, human_width=0)
@@ -249,6 +251,24 @@ def test_training_lowers_the_loss_and_its_checkpoint_codes_pictures(
     image = np.asarray(Image.open(folder / "0.png"))
     data = codec.encode([image], tags=[()], exif_orientations=[1])[0]
     assert codec.measure([image], codec.decode([data]))[0].psnr > 22
+
+
+def test_a_checkpoint_names_every_teacher_that_its_weights_had(
+    folder: Path, tmp_path: Path
+) -> None:
+    def teachers(run: str, **others: Any) -> list[str]:
+        options = dataclasses.replace(QUICK, steps=2)
+        run_folder = tmp_path / run
+        train_checkpoint(
+            [str(folder)], run_folder, preset="tiny", options=options, device="cpu", **others
+        )
+        return [one["name"] for one in read_checkpoint(run_folder / "checkpoint").teachers]
+
+    human = dataclasses.replace(TINY.human, steps=1, minutes=1)
+    first = write_teacher(tmp_path / "first")
+    assert teachers("a", teacher=first, human=human) == ["first"]
+    assert teachers("a") == ["first"], "it goes on without"
+    assert teachers("b", start_from=tmp_path / "a" / "checkpoint") == ["first"]
 
 
 def test_a_shift_of_tone_which_structure_hardly_sees_counts_in_full() -> None:
