@@ -9,6 +9,7 @@ same for trials, in seconds. Each stage leaves its result in the run's folder, a
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,7 +222,11 @@ def train_icmh(
         provenance = {
             "preset": preset,
             "photographs": len(photographs.entries),
-            "options": dataclasses.asdict(options or chosen.codec),
+            "options": {
+                # JSON has no number for what has no bound.
+                name: None if value == math.inf else value
+                for name, value in dataclasses.asdict(options or chosen.codec).items()
+            },
         }
         if found.teachers:
             provenance["teacher"] = found.teachers
