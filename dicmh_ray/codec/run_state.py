@@ -112,7 +112,7 @@ def moments_of(optimiser: torch.optim.Optimizer, prefix: str = "adam") -> dict[s
     A weight without elements, such as the words of a human view that knows none, has none: a file
     has no room for them, and a step without moments would be no state that an optimiser can go on from.
     """
-    named = {}
+    named: dict[str, Tensor] = {}
     for index, moments in optimiser.state_dict()["state"].items():
         tensors = {key: torch.as_tensor(value) for key, value in moments.items()}
         if all(tensor.numel() for tensor in tensors.values()):
