@@ -218,6 +218,8 @@ def _show(reports: Sequence[RdReport | EqualReport], *, as_json: bool) -> None:
         parts = [dataclasses.asdict(report) for report in reports]
         print_json(parts[0] if len(parts) == 1 else dict(zip(("rd", "equal"), parts, strict=True)))
         return
+    for name, reason in reports[0].skipped:
+        tell(f"left out: {name}: {reason}")
     for report in reports:
         for table in tables(report) if isinstance(report, RdReport) else equal_tables(report):
             say(table.title)

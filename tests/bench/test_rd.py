@@ -5,15 +5,18 @@ import json
 import math
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from dicmh_ray import bench
 from dicmh_ray.bench.bd_rate import bd_rate
 from dicmh_ray.bench.rd import average, curve_of
 from dicmh_ray.bench.subject import find_images, for_each_picture
+from dicmh_ray.cli import app
 from dicmh_ray.errors import MissingExtraError, SourceFormatError, SourceNotFoundError
 from tests.bench.tiny import JPEG, QUICK, CodecWithMsSsim, a_picture
 from tests.fake_codec import POISON, FakeCodec
@@ -320,3 +323,13 @@ def test_a_mistyped_source_is_refused_beside_one_that_is_there(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceNotFoundError, match="empty"):
         find_images([tmp_path, tmp_path / "empty"])
+
+
+def test_pictures_that_are_left_out_are_named_beside_the_tables(tmp_path):
+    Image.fromarray(a_picture()).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"bad")
+    golden = Path(__file__).parents[1] / "golden" / "checkpoint"
+    result = CliRunner().invoke(app, ["bench", "rd", str(tmp_path), "--checkpoint", str(golden)])
+    assert result.exit_code == 0
+    assert "left out: b.png: " in result.stderr
+    assert "Means over 1 images" in result.stdout
