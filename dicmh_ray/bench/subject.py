@@ -136,7 +136,10 @@ def find_images(sources: Sequence[str | Path]) -> list[tuple[str, Path]]:
             raise SourceNotFoundError(str(source))
         found = named | found
     times = Counter(found.values())
-    return sorted((name if times[name] == 1 else str(path), path) for path, name in found.items())
+    return sorted(
+        (name if times[name] == 1 and Path(name) not in found else str(path), path)
+        for path, name in found.items()
+    )
 
 
 def can_be_read(path: Path) -> bool:

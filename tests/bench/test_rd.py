@@ -333,3 +333,12 @@ def test_pictures_that_are_left_out_are_named_beside_the_tables(tmp_path):
     assert result.exit_code == 0
     assert "left out: b.png: " in result.stderr
     assert "Means over 1 images" in result.stdout
+
+
+def test_a_path_inside_one_folder_is_not_taken_for_the_whole_path_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a", "c", "b/a")):
+        Path(name).mkdir(parents=True)
+        Image.fromarray(a_picture(seed=seed)).save(Path(name) / "x.png")
+    found = find_images(["a", "c", "b"])
+    assert found == [(name, Path(name)) for name in ("a/x.png", "b/a/x.png", "c/x.png")]
