@@ -81,6 +81,17 @@ def test_a_run_cannot_begin_with_a_checkpoint_of_another_codec(
         )
 
 
+@pytest.mark.parametrize(("name", "left"), [("bin", 0), ("bin", 1000), ("json", 0), ("json", 9)])
+def test_a_pack_that_a_crash_cut_short_is_named(
+    folder: Path, tmp_path: Path, name: str, left: int
+) -> None:
+    pack_photographs([str(folder)], tmp_path / "pack")
+    cut = tmp_path / "pack" / f"photographs.{name}"
+    cut.write_bytes(cut.read_bytes()[:left])
+    with pytest.raises(SourceFormatError, match="pack: a damaged pack, delete it"):
+        pack_photographs([str(folder)], tmp_path / "pack")
+
+
 def test_crops_are_the_same_for_the_same_seed(photographs: PackedPhotographs) -> None:
     crops = [photographs.crops(5, 96, np.random.default_rng(3)) for _ in range(2)]
     assert crops[0].shape == (5, 3, 96, 96)
