@@ -5,7 +5,7 @@
 That is the layered codec's. Diff-ICMH's is :mod:`dicmh_ray.icmh_recipe`; both begin with a pack.
 Each stage leaves its result in the run's folder and is skipped or continued when it is found
 there, so that a run that was stopped goes on with the same command, and a finished one improves
-with more minutes.
+with more minutes or, where those of its schedule are done, more steps.
 """
 
 import csv
