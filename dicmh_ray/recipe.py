@@ -5,13 +5,13 @@
 That is the layered codec's. Diff-ICMH's is :mod:`dicmh_ray.icmh_recipe`; both begin with a pack.
 Each stage leaves its result in the run's folder and is skipped or continued when it is found
 there, so that a run that was stopped goes on with the same command, and a finished one improves
-with more minutes.
+with more minutes or, where those of its schedule are done, more steps.
 """
 
 import csv
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from dicmh_ray.codec.checkpoint import Checkpoint
 from dicmh_ray.codec.export import export
 from dicmh_ray.codec.human_training import HumanOptions, train_human
 from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
-from dicmh_ray.codec.objectives import FeatureTeacher
 from dicmh_ray.codec.photographs import PackedPhotographs
-from dicmh_ray.codec.run_state import CHECKPOINT_NAME, Report
+from dicmh_ray.codec.run_state import CHECKPOINT_NAME, Report, RunFolder
+from dicmh_ray.codec.training import FILES as CODEC_FILES
 from dicmh_ray.codec.training import TrainOptions, train
 from dicmh_ray.errors import SourceFormatError, SourceImageError
 from dicmh_ray.source import SourceOptions, load_pixels, plan_units, read_unit
+from dicmh_ray.tags import encode_tags
 
 PACK_NAME = "photographs"
 MIN_SIDE_PX = 192
@@ -105,21 +106,42 @@ CLASS_OF_SUBJECT: Mapping[str, str] = {
 def read_labels(paths: Sequence[Path]) -> dict[str, str]:
     """Tags of photographs by file name, from CSV files with columns ``file`` and ``label``.
 
-    A label becomes the word for its kind: lower case, without a number at its end, and through
-    :data:`CLASS_OF_SUBJECT`.
+    A label becomes the word for its kind (:func:`kind_of_label`).
 
     Raises:
-        SourceFormatError: a file has no such columns.
+        SourceFormatError: a file has no such columns, or a label cannot be a tag.
     """
-    labels: dict[str, str] = {}
-    for path in paths:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if not row.get("file") or not row.get("label"):
+    return {file: kind_of_label(label) for path in paths for file, label in label_rows(path)}
+
+
+def label_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """File name and label of each row of a CSV file, in UTF-8 with or without a mark at its start.
+
+    Raises:
+        SourceFormatError: it has no such columns, or a label cannot be a tag.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"file", "label"} <= set(rows.fieldnames or ()):
+                raise SourceFormatError(
+                    str(path), f"a header without `file` or `label`: {rows.fieldnames}"
+                )
+            for row in rows:
+                if not row["file"] or not row["label"]:
                     raise SourceFormatError(str(path), f"a row without `file` or `label`: {row}")
-                word = row["label"].lower().rstrip("0123456789")
-                labels[row["file"]] = CLASS_OF_SUBJECT.get(word, word)
-    return labels
+                # Now, not when a checkpoint is written after hours of training.
+                encode_tags([kind_of_label(row["label"])])
+                yield row["file"], row["label"]
+    except (ValueError, csv.Error) as exc:
+        raise SourceFormatError(str(path), str(exc)) from exc
+
+
+def kind_of_label(label: str) -> str:
+    """Lower case, without a number at its end unless it is one, and through :data:`CLASS_OF_SUBJECT`."""
+    word = label.lower()
+    word = word.rstrip("0123456789") or word
+    return CLASS_OF_SUBJECT.get(word, word)
 
 
 def pack_photographs(
@@ -141,7 +163,8 @@ def pack_photographs(
         report: called with a line of text at the end.
 
     Raises:
-        SourceError: a source cannot be read, or none of its pictures can be used.
+        SourceError: a source cannot be read, none of its pictures can be used, or none of those
+            packed has one of the labels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index_path = folder / f"{PACK_NAME}.json"
@@ -169,12 +192,19 @@ def pack_photographs(
                 ", ".join(sources),
                 f"none of {left_out} pictures can be decoded and has sides of {MIN_SIDE_PX} pixels",
             )
+        if labels and not any(tags for *_, tags in index):
+            raise SourceFormatError(
+                "labels", "no photograph has such a file name; those in tars and tables have none"
+            )
         part = index_path.with_suffix(".part")
         part.write_text(json.dumps(index))
         part.replace(index_path)
         if report is not None:
             report(f"packed {len(index)} photographs, {end / 2**20:.0f} MiB; left out {left_out}")
-    return PackedPhotographs(folder)
+    photographs = PackedPhotographs(folder)
+    if labels and not any(photographs.tags):
+        raise SourceFormatError("labels", f"the run in {folder.parent} was begun without")
+    return photographs
 
 
 def train_checkpoint(
@@ -223,7 +253,7 @@ def train_checkpoint(
         teacher=teacher,
         report=report_step,
     )
-    return export_run(network, photographs, folder, preset=preset, teacher=teacher, report=report)
+    return export_run(network, photographs, folder, preset=preset, report=report)
 
 
 def train_networks(
@@ -280,14 +310,14 @@ def export_run(
     folder: Path,
     *,
     preset: str = "default",
-    teacher: Path | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Fit the tables to a run's network and write ``folder/checkpoint``; in one process alone."""
     chosen = PRESETS[preset]
     provenance: dict[str, Any] = {"preset": preset, "photographs": len(photographs.entries)}
-    if teacher is not None:
-        provenance["teacher"] = FeatureTeacher(teacher).identity
+    teachers = (RunFolder(folder, **CODEC_FILES).progress() or {}).get("teachers")
+    if teachers:
+        provenance["teacher"] = teachers[0] if len(teachers) == 1 else teachers
     return export(
         network.cpu(),
         photographs,

@@ -8,7 +8,6 @@ kind (``hoodie``: each photograph shows another one). Figures that mean somethin
 seen before leave whole subjects out, so the difference is told here, label by label.
 """
 
-import csv
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from dicmh_ray.codec.tagger_fitting import (
     fit_tagger,
 )
 from dicmh_ray.errors import SourceFormatError, SourceImageError
-from dicmh_ray.recipe import CLASS_OF_SUBJECT
+from dicmh_ray.recipe import CLASS_OF_SUBJECT, kind_of_label, label_rows
 from dicmh_ray.source import SourceOptions, load_pixels, plan_units, read_unit
 
 ONE_SUBJECT = frozenset(
@@ -110,8 +109,7 @@ class TaggerRun:
 
 def words_of_label(label: str) -> tuple[str, ...]:
     """Tags of a label, the narrowest first: lower case, numbers at the end of subjects dropped."""
-    word = label.lower().rstrip("0123456789")
-    word = CLASS_OF_SUBJECT.get(word, word)
+    word = kind_of_label(label)
     return (word, WIDER_WORDS[word]) if word in WIDER_WORDS else (word,)
 
 
@@ -119,23 +117,20 @@ def read_labelled(paths: Sequence[Path]) -> dict[str, LabelledPhotograph]:
     """Labels by file name, from CSV files with columns ``file`` and ``label``; each is a collection.
 
     Raises:
-        SourceFormatError: a file has no such columns, or a photograph has two labels.
+        SourceFormatError: a file has no such columns, a label cannot be a tag, or a photograph has
+            two labels.
     """
     found: dict[str, LabelledPhotograph] = {}
     for path in paths:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                name, label = row.get("file"), row.get("label")
-                if not name or not label:
-                    raise SourceFormatError(str(path), f"a row without `file` or `label`: {row}")
-                if name in found:
-                    raise SourceFormatError(str(path), f"{name} has a label already")
-                found[name] = LabelledPhotograph(
-                    name=name,
-                    words=words_of_label(label),
-                    subject=label if label in ONE_SUBJECT else name,
-                    collection=path.parent.name or path.stem,
-                )
+        for name, label in label_rows(path):
+            if name in found:
+                raise SourceFormatError(str(path), f"{name} has a label already")
+            found[name] = LabelledPhotograph(
+                name=name,
+                words=words_of_label(label),
+                subject=label if label in ONE_SUBJECT else name,
+                collection=path.parent.name or path.stem,
+            )
     return found
 
 

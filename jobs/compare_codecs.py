@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import rich.console
 import rich.progress
-from PIL import Image
 
 from dicmh_ray.bench import describe_environment
 from dicmh_ray.bench.bd_rate import bd_rate
@@ -28,6 +27,8 @@ from dicmh_ray.bench.subject import find_images
 from dicmh_ray.bitstream import prefix_bytes
 from dicmh_ray.codec import ImageCodec, load_codec
 from dicmh_ray.codec.patterns import lay_pattern
+from dicmh_ray.errors import SourceImageError
+from dicmh_ray.source import load_pixels
 from dicmh_ray.vision.nets import find_nets
 
 Picture = npt.NDArray[np.uint8]
@@ -44,10 +45,13 @@ FIDELITY = ("psnr", "ms_ssim", "ms_ssim_rgb")
 
 
 def pictures(paths: list[Path], *, patterns: bool) -> Iterator[Picture]:
-    """The pictures; or their middles with patterns, without those that are too small for it."""
+    """The pictures that codecs take; or their middles with patterns, where they are large enough."""
     for number, path in enumerate(paths):
-        with Image.open(path) as opened:
-            image = np.asarray(opened.convert("RGB"))
+        try:
+            image = load_pixels(path.read_bytes()).image
+        except SourceImageError as exc:
+            print(f"left out: {path}: {exc}", file=sys.stderr)
+            continue
         if not patterns:
             yield image
             continue
@@ -110,6 +114,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="of those the first so many")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if len(dict(arguments.codecs)) < len(arguments.codecs):
+        parser.error("two codecs have one name")
     paths = [path for _, path in find_images([arguments.pictures])]
     paths = paths[:: arguments.every][: arguments.limit]
     nets = find_nets(arguments.nets) if arguments.nets else []
@@ -125,7 +131,7 @@ def main() -> None:
         for name, codec in codecs.items():
             rows[name].append(measure(codec, image, judges, arguments.view))
     if not all(rows.values()):
-        parser.error(f"no picture has {PATTERN_CROP} pixels a side, as --patterns needs")
+        parser.error(f"no picture is of use; with --patterns it has {PATTERN_CROP} pixels a side")
     result = {
         name: [means(state) for state in zip(*own, strict=True)] for name, own in rows.items()
     }

@@ -61,7 +61,7 @@ class Options:
 
     def bench(self) -> BenchOptions:
         """What is compared."""
-        teachers = teachers_of(read_checkpoint(self.checkpoint).config)
+        teachers = teachers_of(read_checkpoint(self.checkpoint))
         return BenchOptions(max_images=self.limit, threads=1, teachers=teachers)
 
 
@@ -107,7 +107,8 @@ def evaluate_on_ray(
     """What :func:`dicmh_ray.bench.evaluate_rd` gives, measured by actors.
 
     Raises:
-        SourceNotFoundError: there is no picture that every method can code.
+        SourceNotFoundError: a source is no image and holds none.
+        SourceFormatError: there is no picture that every method can code.
         JobError: a worker died.
     """
     # The first of them says how ray reads its environment.

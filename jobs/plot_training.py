@@ -89,6 +89,10 @@ def main() -> None:
     parser.add_argument("--output", "-o", type=Path, default=Path("training.png"))
     arguments = parser.parse_args()
     named = [(left or right, Path(right or left)) for left, _, right in map(_cut, arguments.runs)]
+    for _, run in named:
+        log = [*read_log(run / "log.jsonl"), *read_log(run / "codec.jsonl")]
+        if not any("psnr" in line or "rounded_bpp" in line for line in log):
+            parser.error(f"{run} has no curve yet: a run logs a point every 50 steps")
     is_icmh = [(run / "codec.jsonl").exists() for _, run in named]
     if any(is_icmh) and not all(is_icmh):
         parser.error("runs of both codecs do not go into one picture")

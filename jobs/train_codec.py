@@ -68,6 +68,8 @@ def parse(arguments: Sequence[str]) -> Options:
         parser.error("--rate is for the presets of Diff-ICMH")
     if options.preset in ICMH_PRESETS and (options.teacher or options.human_minutes):
         parser.error("--teacher and --human-minutes are for the other presets")
+    if options.human_minutes is not None and options.teacher is None:
+        parser.error("--human-minutes wants --teacher")
     if options.workers is None and (options.gpu or options.ray_address):
         parser.error("--gpu and --ray-address want --workers")
     return options

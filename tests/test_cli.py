@@ -460,6 +460,11 @@ def test_every_command_has_help(run, command):
     assert "Usage: " in run(command, "--help").stdout
 
 
+def test_minutes_of_a_human_view_that_nothing_teaches_are_a_usage_error(run, tmp_path):
+    result = run("train", tmp_path, "-o", tmp_path / "run", "--human-minutes", 3, code=2)
+    assert "without --teacher" in result.stderr
+
+
 def test_the_options_of_compress_stand_in_sections(run):
     text = run("compress", "--help").stdout
     headings = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]

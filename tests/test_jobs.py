@@ -17,6 +17,15 @@ from jobs import compare_codecs, demo
 JOBS = Path(demo.__file__).parent
 
 
+def refusal_of(name: str, *arguments: str) -> str:
+    """What a job says that must find fault with its arguments."""
+    result = subprocess.run(
+        [sys.executable, JOBS / name, *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    return result.stderr
+
+
 def run_job(name: str, *arguments: str) -> str:
     """Output of a job that must end well."""
     result = subprocess.run(
@@ -56,6 +65,10 @@ def test_training_curves_are_drawn_from_the_logs_of_runs(tmp_path: Path) -> None
         "plot_training.py", str(tmp_path / "first"), str(tmp_path / "second"), "-o", str(picture)
     )
     assert load_pixels(picture.read_bytes()).image.shape[1] > 800
+    warming_up = {"step": 50, "log_bits": 9.0}
+    (tmp_path / "second" / "log.jsonl").write_text(json.dumps(warming_up))
+    for run in ("second", "none"):
+        assert "no curve yet" in refusal_of("plot_training.py", str(tmp_path / run))
 
 
 def test_a_codec_against_itself_costs_nothing_more_even_on_patterns(tmp_path: Path) -> None:
@@ -64,12 +77,15 @@ def test_a_codec_against_itself_costs_nothing_more_even_on_patterns(tmp_path: Pa
     image = load_pixels(next(iter(demo.photographs())).data).image
     Image.fromarray(np.resize(image, (384, 400, 3))).save(large)
     Image.fromarray(image[:200, :200]).save(small)
+    (tmp_path / "pictures" / "a.png").write_bytes(b"no picture")
     arguments = ["one=default", "two=default", "--pictures", str(small.parent), "--patterns"]
     found = json.loads(run_job("compare_codecs.py", *arguments, "--json"))
     assert found["pictures"] == 1
     assert [len(states) for states in found["codecs"].values()] == [5, 5]
     rates = found["bd_rates_against_one"]["two"]
     assert {rate["all"] for rate in rates.values()} == {0.0}
+    again = ["one=default", "one=other", *arguments[2:]]
+    assert "two codecs have one name" in refusal_of("compare_codecs.py", *again)
 
 
 def test_bytes_beyond_the_first_codecs_are_counted_at_equal_quality() -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from dicmh_ray.codec.photographs import PackedPhotographs
 from dicmh_ray.codec.training import CodecStage, Distortion, TrainOptions, grow_from, train
 from dicmh_ray.errors import SourceFormatError, WeightsError
 from dicmh_ray.recipe import PRESETS, pack_photographs, read_labels, train_checkpoint
+from tests.tiny_teacher import write_teacher
 
 TINY = PRESETS["tiny"]
 CODEC = dataclasses.replace(TINY.network, human_width=0)
@@ -76,6 +79,17 @@ def test_a_run_cannot_begin_with_a_checkpoint_of_another_codec(
             network=CODEC,
             start_from=tmp_path / "other",
         )
+
+
+@pytest.mark.parametrize(("name", "left"), [("bin", 0), ("bin", 1000), ("json", 0), ("json", 9)])
+def test_a_pack_that_a_crash_cut_short_is_named(
+    folder: Path, tmp_path: Path, name: str, left: int
+) -> None:
+    pack_photographs([str(folder)], tmp_path / "pack")
+    cut = tmp_path / "pack" / f"photographs.{name}"
+    cut.write_bytes(cut.read_bytes()[:left])
+    with pytest.raises(SourceFormatError, match="pack: a damaged pack, delete it"):
+        pack_photographs([str(folder)], tmp_path / "pack")
 
 
 def test_crops_are_the_same_for_the_same_seed(photographs: PackedPhotographs) -> None:
@@ -169,6 +183,32 @@ def test_labels_become_words_for_kinds(tmp_path: Path) -> None:
         read_labels([table])
 
 
+def test_labels_come_from_spreadsheets_and_can_be_numbers(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_bytes(b"\xef\xbb\xbffile,label\r\na.jpg,dog3\r\nb.jpg,7\r\n")
+    assert read_labels([table]) == {"a.jpg": "dog", "b.jpg": "7"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "without `file` or `label`"),
+        (b"a.jpg,dog\n", "without `file` or `label`"),
+        (b"file,label\na.jpg,caf\xe9\n", "utf-8"),
+        (b"file,label\na.jpg," + 200_000 * b"x", "field"),
+        (b"file,label\na.jpg," + 300 * b"x", "300 bytes"),
+        (b'file,label\na.jpg,"two\nlines"\n', "control character"),
+    ],
+)
+def test_labels_that_could_not_be_tags_are_refused_before_training(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_bytes(content)
+    with pytest.raises(SourceFormatError, match=reason):
+        read_labels([table])
+
+
 def test_labelled_crops_know_the_tags_of_their_pictures(folder: Path, tmp_path: Path) -> None:
     labels = {f"{n}.png": "even" if n % 2 == 0 else "odd" for n in range(6)}
     pack = pack_photographs([str(folder)], tmp_path, labels=labels)
@@ -177,6 +217,16 @@ def test_labelled_crops_know_the_tags_of_their_pictures(folder: Path, tmp_path: 
     assert words.shape == (7, 3)
     assert words[:, :2].sum(1).tolist() == [1.0] * 7
     assert not words[:, 2].any()
+
+
+def test_labels_that_no_packed_photograph_has_are_refused(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
+        tar.add(folder / "0.png", "0.png")
+    with pytest.raises(SourceFormatError, match="those in tars"):
+        pack_photographs([str(tmp_path / "pictures.tar")], tmp_path / "a", labels={"0.png": "dog"})
+    pack_photographs([str(folder)], tmp_path / "b" / "pack")
+    with pytest.raises(SourceFormatError, match="begun without"):
+        pack_photographs([str(folder)], tmp_path / "b" / "pack", labels={"0.png": "dog"})
 
 
 def test_a_run_of_another_shape_is_refused(photographs: PackedPhotographs, tmp_path: Path) -> None:
@@ -212,6 +262,24 @@ def test_training_lowers_the_loss_and_its_checkpoint_codes_pictures(
     image = np.asarray(Image.open(folder / "0.png"))
     data = codec.encode([image], tags=[()], exif_orientations=[1])[0]
     assert codec.measure([image], codec.decode([data]))[0].psnr > 22
+
+
+def test_a_checkpoint_names_every_teacher_that_its_weights_had(
+    folder: Path, tmp_path: Path
+) -> None:
+    def teachers(run: str, **others: Any) -> list[str]:
+        options = dataclasses.replace(QUICK, steps=2)
+        run_folder = tmp_path / run
+        train_checkpoint(
+            [str(folder)], run_folder, preset="tiny", options=options, device="cpu", **others
+        )
+        return [one["name"] for one in read_checkpoint(run_folder / "checkpoint").teachers]
+
+    human = dataclasses.replace(TINY.human, steps=1, minutes=1)
+    first = write_teacher(tmp_path / "first")
+    assert teachers("a", teacher=first, human=human) == ["first"]
+    assert teachers("a") == ["first"], "it goes on without"
+    assert teachers("b", start_from=tmp_path / "a" / "checkpoint") == ["first"]
 
 
 def test_a_shift_of_tone_which_structure_hardly_sees_counts_in_full() -> None:

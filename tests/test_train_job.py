@@ -69,6 +69,7 @@ def test_an_error_is_told_by_the_exit_code(started, monkeypatch):
     "words",
     [
         ("--rate", "8"),
+        ("--human-minutes", "9"),
         ("--preset", "diff-icmh-tiny", "--teacher", "net.safetensors"),
         ("--gpu",),
         ("--preset", "none"),

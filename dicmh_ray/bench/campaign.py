@@ -21,7 +21,14 @@ from dicmh_ray.bench.equal_bytes import (
 from dicmh_ray.bench.metrics import Gauge
 from dicmh_ray.bench.rd import BenchOptions, Measurement, RdReport, rd_report, sweep
 from dicmh_ray.bench.report import write_report
-from dicmh_ray.bench.subject import Progress, Subject, find_images, for_each_picture, set_name
+from dicmh_ray.bench.subject import (
+    Progress,
+    Subject,
+    can_be_read,
+    find_images,
+    for_each_picture,
+    set_name,
+)
 from dicmh_ray.codec import ImageCodec
 from dicmh_ray.vision.tasks import NetTask
 
@@ -66,7 +73,8 @@ def evaluate_all(
         progress: called after each image.
 
     Raises:
-        SourceNotFoundError: there is no image that every method can code.
+        SourceNotFoundError: a source is no image and holds none.
+        SourceFormatError: there is no image that every method can code.
         NetError: a net does not fit its description.
         MissingExtraError: the ``bench`` extra is not installed.
     """
@@ -76,8 +84,12 @@ def evaluate_all(
     states = choose_states(images, codec, options.near_bpp)
     (failure_state,) = choose_states(images, codec, (FAILURE_BPP,))
     shown_states = tuple(sorted({*states, failure_state}))
-    count = len(images) if rd_images is None else min(rd_images, len(images))
-    swept = {images[i][0] for i in np.linspace(0, len(images) - 1, count).round().astype(int)}
+    swept = {name for name, _ in images}
+    if rd_images is not None and rd_images < len(images):
+        # Of those that can be read: without any curve nothing would come of the whole pass.
+        names = [name for name, path in images if can_be_read(path)]
+        chosen = np.linspace(0, len(names) - 1, min(rd_images, len(names))).round().astype(int)
+        swept = {names[i] for i in chosen}
 
     def work(
         subject: Subject,

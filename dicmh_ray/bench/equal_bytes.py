@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dicmh_ray.bench.environment import Environment, describe_environment
 from dicmh_ray.bench.metrics import Gauge, NetRecord, Yardstick, means, record_of
@@ -21,11 +22,12 @@ from dicmh_ray.bench.subject import (
     Subject,
     find_images,
     for_each_picture,
+    none_coded,
     set_name,
 )
 from dicmh_ray.bitstream import prefix_bytes
 from dicmh_ray.codec import ImageCodec
-from dicmh_ray.errors import EncodeError, SourceImageError, SourceNotFoundError
+from dicmh_ray.errors import EncodeError, SourceImageError
 from dicmh_ray.source import load_pixels
 from dicmh_ray.vision.labels import find_labels
 from dicmh_ray.vision.tasks import NetTask
@@ -122,8 +124,8 @@ def evaluate_tasks(
         progress: called after each image.
 
     Raises:
-        SourceNotFoundError: there is no image that can be coded.
-        SourceFormatError: a label file is not in its format.
+        SourceNotFoundError: a source is no image and holds none.
+        SourceFormatError: no image can be coded, or a label file is not in its format.
         NetError: a net does not fit its description.
     """
     options, gauge = options or BenchOptions(), gauge or Gauge(codec)
@@ -148,18 +150,24 @@ def choose_states(
     """The states whose mean rates, over a few pictures of a set, are nearest to those wanted.
 
     Raises:
-        SourceNotFoundError: none of the few can be coded.
+        SourceFormatError: none of the pictures can be coded.
     """
-    rates = []
-    for _, path in images[:: max(1, len(images) // NUM_PROBES)]:
-        try:
-            image = load_pixels(path.read_bytes()).image
-            (stream,) = codec.encode([image], tags=[()], exif_orientations=[1])
-        except (SourceImageError, EncodeError):
-            continue  # the evaluation itself will name it
-        rates.append(np.log(np.array(prefix_bytes(stream)) * 8 / image[..., 0].size))
-    if not rates:
-        raise SourceNotFoundError(", ".join(name for name, _ in images[:3]))
+    rates: list[npt.NDArray[np.float64]] = []
+    skipped: list[tuple[str, str]] = []
+    stride = max(1, len(images) // NUM_PROBES)
+    for first in range(stride):
+        for name, path in images[first::stride]:
+            try:
+                image = load_pixels(path.read_bytes()).image
+                (stream,) = codec.encode([image], tags=[()], exif_orientations=[1])
+            except (SourceImageError, EncodeError) as exc:
+                skipped.append((name, str(exc)))  # the evaluation itself will report it
+                continue
+            rates.append(np.log(np.array(prefix_bytes(stream)) * 8 / image[..., 0].size))
+        if rates:
+            break
+    else:
+        raise none_coded(skipped)
     centres = np.mean(rates, axis=0)
     return tuple(sorted({int(np.abs(centres - np.log(bpp)).argmin()) + 1 for bpp in near_bpp}))
 
@@ -241,9 +249,9 @@ def equal_report(
     pictures: str,
     command: str,
 ) -> EqualReport:
-    """Score the trials of all pictures. Raises SourceNotFoundError if there are none."""
+    """Score the trials of all pictures. Raises SourceFormatError if there are none."""
     if not found:
-        raise SourceNotFoundError(pictures)
+        raise none_coded(skipped)
     groups: dict[tuple[str, int | None], list[Trial]] = {}
     for trials in found:
         for trial in trials:

@@ -20,10 +20,10 @@ from dicmh_ray.bench.subject import (
     Subject,
     find_images,
     for_each_picture,
+    none_coded,
     set_name,
 )
 from dicmh_ray.codec import ImageCodec
-from dicmh_ray.errors import SourceNotFoundError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +172,8 @@ def evaluate_rd(
         progress: called after each image.
 
     Raises:
-        SourceNotFoundError: there is no image that every method can code.
+        SourceNotFoundError: a source is no image and holds none.
+        SourceFormatError: there is no image that every method can code.
         MissingExtraError: the ``bench`` extra is not installed.
     """
     options, gauge = options or BenchOptions(), gauge or Gauge(codec)
@@ -217,9 +218,9 @@ def rd_report(
     pictures: str,
     command: str,
 ) -> RdReport:
-    """Average the sweeps of all pictures. Raises SourceNotFoundError if there are none."""
+    """Average the sweeps of all pictures. Raises SourceFormatError if there are none."""
     if not found:
-        raise SourceNotFoundError(pictures)
+        raise none_coded(skipped)
     measurements = tuple(one for sweep in found for one in sweep)
     points = average(measurements)
     return RdReport(

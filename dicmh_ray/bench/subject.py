@@ -13,7 +13,12 @@ from dicmh_ray.bench.matching import PeerFiles
 from dicmh_ray.bench.peers import Peer
 from dicmh_ray.bitstream import prefix_bytes
 from dicmh_ray.codec import ImageCodec
-from dicmh_ray.errors import EncodeError, SourceImageError, SourceNotFoundError
+from dicmh_ray.errors import (
+    EncodeError,
+    SourceFormatError,
+    SourceImageError,
+    SourceNotFoundError,
+)
 from dicmh_ray.source import load_pixels
 from dicmh_ray.vision.onnx_net import Picture
 
@@ -119,19 +124,39 @@ def find_images(sources: Sequence[str | Path]) -> list[tuple[str, Path]]:
         folders have that) and its path.
 
     Raises:
-        SourceNotFoundError: there is none.
+        SourceNotFoundError: one of the sources is no image file and holds none.
     """
     found: dict[Path, str] = {}
     for source in map(Path, sources):
-        if source.is_file():
-            found.setdefault(source, source.name)
+        named = {source: source.name} if source.is_file() else {}
         for path in source.rglob("*"):
             if path.suffix.lower() in SUFFIXES and path.is_file():
-                found.setdefault(path, path.relative_to(source).as_posix())
-    if not found:
-        raise SourceNotFoundError(", ".join(map(str, sources)))
+                named[path] = path.relative_to(source).as_posix()
+        if not named:
+            raise SourceNotFoundError(str(source))
+        found = named | found
     times = Counter(found.values())
-    return sorted((name if times[name] == 1 else str(path), path) for path, name in found.items())
+    return sorted(
+        (name if times[name] == 1 and Path(name) not in found else str(path), path)
+        for path, name in found.items()
+    )
+
+
+def can_be_read(path: Path) -> bool:
+    """Whether a file is a picture of a kind that codecs are measured on."""
+    try:
+        load_pixels(path.read_bytes())
+    except SourceImageError:
+        return False
+    return True
+
+
+def none_coded(skipped: Sequence[tuple[str, str]]) -> SourceFormatError:
+    """The error of a set of which nothing is left, with the first one's reason."""
+    name, reason = skipped[0]
+    return SourceFormatError(
+        "pictures", f"none of {len(skipped)} can be coded by every method; {name}: {reason}"
+    )
 
 
 def set_name(sources: Sequence[str | Path]) -> str:

@@ -4,12 +4,11 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -44,7 +43,7 @@ from dicmh_ray.cli.output import (
     told_in_one_line,
     usage_checked,
 )
-from dicmh_ray.codec import ImageCodec, load_codec, read_checkpoint
+from dicmh_ray.codec import Checkpoint, ImageCodec, load_codec, read_checkpoint
 from dicmh_ray.errors import WeightsError
 
 LIBRARIES = (
@@ -87,7 +86,7 @@ class BenchArguments:
                 views=tuple(dict.fromkeys(self.views)) or ("machine",),
                 max_images=self.limit,
                 threads=self.threads,
-                teachers=teachers_of(read_checkpoint(self.checkpoint).config),
+                teachers=teachers_of(read_checkpoint(self.checkpoint)),
             )
 
     def specs(self) -> tuple[NetSpec, ...]:
@@ -175,11 +174,9 @@ def command_line() -> str:
     return " ".join(["dicmh", *sys.argv[1:]])
 
 
-def teachers_of(config: Mapping[str, Any]) -> frozenset[str]:
+def teachers_of(checkpoint: Checkpoint) -> frozenset[str]:
     """SHA-256 of the nets whose features trained a checkpoint, as its provenance tells."""
-    told = config.get("provenance", {}).get("teacher") or []
-    teachers = told if isinstance(told, list) else [told]
-    return frozenset(str(one["sha256"]) for one in teachers if "sha256" in one)
+    return frozenset(str(one["sha256"]) for one in checkpoint.teachers if "sha256" in one)
 
 
 @contextmanager
@@ -221,6 +218,8 @@ def _show(reports: Sequence[RdReport | EqualReport], *, as_json: bool) -> None:
         parts = [dataclasses.asdict(report) for report in reports]
         print_json(parts[0] if len(parts) == 1 else dict(zip(("rd", "equal"), parts, strict=True)))
         return
+    for name, reason in reports[0].skipped:
+        tell(f"left out: {name}: {reason}")
     for report in reports:
         for table in tables(report) if isinstance(report, RdReport) else equal_tables(report):
             say(table.title)

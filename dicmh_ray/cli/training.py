@@ -66,6 +66,8 @@ def run_train(
         "--semantic": semantic,
     }
     refuse(of_icmh, preset)
+    if human_minutes is not None and teacher is None:
+        raise typer.BadParameter("--human-minutes does nothing without --teacher")
     chosen = PRESETS[preset]
     given: dict[str, Any] = {"steps": steps, "minutes": minutes}
     changes = {name: value for name, value in given.items() if value is not None}

@@ -110,6 +110,12 @@ class Checkpoint:
     files: FilesOnDisk = field(repr=False)
     """Relative name -> content of every file and companion: what an archive bundles."""
 
+    @property
+    def teachers(self) -> list[dict[str, Any]]:
+        """Nets whose features were a loss in training, as its provenance names them."""
+        told = self.config.get("provenance", {}).get("teacher") or []
+        return told if isinstance(told, list) else [told]
+
 
 def checkpoint_directory(checkpoint: str | Path) -> Path:
     """Where a checkpoint lies: the one in the package for ``"default"``, else the path itself."""

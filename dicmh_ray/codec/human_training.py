@@ -101,7 +101,8 @@ def train_human(
         options: the schedule.
         teacher: weights for :class:`FeatureTeacher`.
         device: a torch device, or ``"auto"`` for CUDA where there is one.
-        start_from: a checkpoint whose human view a new run begins with, if it has the same shape.
+        start_from: a checkpoint whose human view a new run begins with, if it has the same shape; a
+            run that goes on ignores it.
         report: called every 50 steps with the losses.
 
     Returns:
@@ -114,7 +115,7 @@ def train_human(
     words = tuple(sorted({word for tags in photographs.tags for word in tags}))
     network = CodecNetwork(dataclasses.replace(config, human_words=words))
     weights = {name: value.cpu() for name, value in codec.state_dict().items()}
-    if start_from is not None:
+    if start_from is not None and RunFolder(folder, **FILES).progress() is None:
         found = read_checkpoint(start_from)
         stored = safetensors.torch.load(found.files["weights.safetensors"])
         human = {k: v.float() for k, v in stored.items() if k.startswith("human.")}

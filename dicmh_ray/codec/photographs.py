@@ -29,15 +29,21 @@ class PackedPhotographs:
     """Training photographs, decoded once, in one memory-mapped file beside its index.
 
     ``photographs.bin`` holds the uint8 RGB samples one picture after the other;
-    ``photographs.json`` the list of ``[offset, height, width, tags]``.
+    ``photographs.json`` the list of ``[offset, height, width, tags]``. Raises SourceFormatError when
+    they are cut short, as a crash of the machine can leave them.
     """
 
     def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / "photographs.json").read_text())
-        self.samples: npt.NDArray[np.uint8] = np.memmap(
-            folder / "photographs.bin", dtype=np.uint8, mode="r"
-        )
+        try:
+            index = json.loads((folder / "photographs.json").read_text())
+            self.samples: npt.NDArray[np.uint8] = np.memmap(
+                folder / "photographs.bin", dtype=np.uint8, mode="r"
+            )
+        except ValueError as exc:
+            raise SourceFormatError(str(folder), f"a damaged pack, delete it: {exc}") from exc
         self.entries = [(int(o), int(h), int(w)) for o, h, w, *_ in index]
+        if max((o + 3 * h * w for o, h, w in self.entries), default=0) > self.samples.size:
+            raise SourceFormatError(str(folder), "a damaged pack, delete it: samples are missing")
         self.tags: list[tuple[str, ...]] = [
             tuple(tags[0]) if tags else () for _, _, _, *tags in index
         ]

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from dicmh_ray.errors import WeightsError
 
 CHECKPOINT_NAME = "checkpoint"
 """What a run has made, in its folder."""
@@ -55,15 +58,21 @@ class RunFolder:
         self._state, self._progress, self._log = folder / state, folder / progress, folder / log
 
     def progress(self) -> dict[str, Any] | None:
-        """Steps and options of the run that is there, if one is."""
+        """Steps and options of the run that is there, if one is. Raises WeightsError."""
         if not self._progress.exists():
             return None
-        found: dict[str, Any] = json.loads(self._progress.read_text())
+        try:
+            found: dict[str, Any] = json.loads(self._progress.read_text())
+        except ValueError as exc:
+            raise WeightsError(str(self._progress), f"a damaged save: {exc}") from exc
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the last save wrote."""
-        return load_file(self._state)
+        """Everything that the last save wrote. Raises WeightsError."""
+        try:
+            return load_file(self._state)
+        except SafetensorError as exc:
+            raise WeightsError(str(self._state), f"a damaged save: {exc}") from exc
 
     def save(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         """Replace both files; what was there stays valid until the new ones are complete."""

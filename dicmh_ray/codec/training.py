@@ -184,6 +184,9 @@ class CodecStage(Stage):
         self.network.to(device).to(memory_format=torch.channels_last)
         self.network.compute_in(native_precision(device))
         self.frozen_steps = 0
+        self.teachers: list[dict[str, Any]] = []
+        """Whose features trained these weights, also before this call: no judge of them."""
+
         run = RunFolder(folder, **FILES)
         if run.progress() is None and start_from is None:
             crops = photographs.crops(UNIT_CROPS, options.crop, np.random.default_rng(options.seed))
@@ -196,9 +199,9 @@ class CodecStage(Stage):
             grown = NetworkConfig.from_dict(found.config["network"])
             grow_from(self.network, grown, weights, name=str(start_from))
             self.frozen_steps = WARM_START_STEPS
-        self._module = _CodecLosses(
-            self.network, Distortion(options, config.num_states, device, teacher), options
-        )
+            self.teachers = found.teachers
+        distortion = Distortion(options, config.num_states, device, teacher)
+        self._module = _CodecLosses(self.network, distortion, options)
         self._module.to(device)
         trained = {
             "network": self.network,
@@ -206,6 +209,8 @@ class CodecStage(Stage):
             "sizes": self._module.sizes,
         }
         super().__init__(trained, run, options, device)
+        if distortion.teacher is not None and distortion.teacher.identity not in self.teachers:
+            self.teachers = [*self.teachers, distortion.teacher.identity]
         # While the rate model is fitted alone, the networks have no part in the loss.
         self.has_idle_weights = self.step < self.frozen_steps
 
@@ -255,6 +260,7 @@ class CodecStage(Stage):
     def progress_facts(self) -> dict[str, Any]:
         return {
             "frozen_steps": self.frozen_steps,
+            "teachers": self.teachers,
             "network": self._config.to_dict(),
             "options": asdict(self.options),
         }
@@ -265,6 +271,7 @@ class CodecStage(Stage):
                 str(self.folder.folder), "the run was started with another network shape"
             )
         self.frozen_steps = int(progress["frozen_steps"])
+        self.teachers = progress.get("teachers", [])
         super()._load(progress)
 
 
@@ -344,7 +351,7 @@ class Distortion:
         is_semantic = states < options.semantic_states
         self._structure = torch.where(is_faithful, options.faithful_structure, options.structure)
         self._semantics = torch.where(is_semantic, options.semantics, 0.0)
-        self._teacher = FeatureTeacher(teacher).to(device) if teacher is not None else None
+        self.teacher = FeatureTeacher(teacher).to(device) if teacher is not None else None
         self._distance = StructuralDistance(options.crop, device) if options.structure else None
 
     def __call__(
@@ -363,10 +370,10 @@ class Distortion:
             mixed = mixed + self._structure[state_B] * (distance + tone - error)
         share = self._semantics[state_B]
         read = share.nonzero()[:, 0]
-        if self._teacher is not None and len(read):
+        if self.teacher is not None and len(read):
             # At half size, as analysis networks see photographs.
             pair = (F.avg_pool2d(images[read], 2) for images in (x_B3HW, decoded_B3HW))
-            distance = SEMANTICS_UNIT * self._teacher.distance(*pair)
+            distance = SEMANTICS_UNIT * self.teacher.distance(*pair)
             mixed = mixed.index_add(0, read, share[read] * (distance - error[read]))
         return error, mixed
 

@@ -124,8 +124,7 @@ def _train(arguments: dict[str, Any]) -> None:
     photographs = PackedPhotographs(folder / "pack")
     network = train_networks(photographs, **arguments)
     if ray.train.get_context().get_world_rank() == 0:
-        preset, teacher = arguments["preset"], arguments["teacher"]
-        export_run(network, photographs, folder, preset=preset, teacher=teacher)
+        export_run(network, photographs, folder, preset=arguments["preset"])
 
 
 def packed_run(

@@ -9,7 +9,7 @@ from PIL import Image
 from dicmh_ray import bench
 from dicmh_ray.bench.contact import CROP_PX, MAX_SHEET_BYTES, worst_corner
 from dicmh_ray.bench.equal_bytes import choose_states
-from dicmh_ray.errors import SourceNotFoundError
+from dicmh_ray.errors import SourceFormatError
 from tests.bench.tiny import QUICK, CodecWithMsSsim, a_picture, save_feature_net, save_segmenter
 from tests.fake_codec import POISON, FakeCodec
 
@@ -147,7 +147,7 @@ def test_states_are_those_nearest_to_the_rates_wanted(home):
     images = bench.find_images([home / "images"])
     assert choose_states(images, FakeCodec(), (0.001, 1000)) == (1, 3)
     assert choose_states(images, FakeCodec(), (0.001, 0.002)) == (1,)
-    with pytest.raises(SourceNotFoundError):
+    with pytest.raises(SourceFormatError, match=r"none of 1 .* d\.png: the latent is not finite"):
         choose_states(images[-1:], FakeCodec(), (1,))
 
 
@@ -160,3 +160,22 @@ def test_the_worst_tile_is_inside_the_crop():
     assert left <= 390 < left + CROP_PX
     assert (top + CROP_PX, left + CROP_PX) <= (300, 400)
     assert worst_corner(image[:50, :50], broken[:50, :50]) == (0, 0)
+
+
+def test_states_are_chosen_by_others_where_the_pictures_in_between_cannot_be_coded(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no picture")
+    Image.fromarray(a_picture()).save(tmp_path / "05.png")
+    images = bench.find_images([tmp_path])
+    assert choose_states(images, FakeCodec(), (0.001, 1000)) == (1, 3)
+
+
+def test_curves_come_from_pictures_that_can_be_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    for name in "bc":
+        Image.fromarray(a_picture()).save(tmp_path / f"{name}.png")
+    codec = SeenCodec()
+    gauge = bench.Gauge(codec)
+    made = bench.evaluate_all([tmp_path], codec, [], gauge=gauge, options=OPTIONS, rd_images=1)
+    assert {one.image for one in made.rd.measurements} == {"b.png"}
+    assert made.equal.num_images == 2

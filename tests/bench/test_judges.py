@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from dicmh_ray import bench
 from dicmh_ray.bench.judges import tiles
 from dicmh_ray.bench.metrics import decibels, label, record_of, text
 from dicmh_ray.cli.measuring import teachers_of
+from dicmh_ray.codec import read_checkpoint
 from dicmh_ray.errors import MissingExtraError, NetError
 from dicmh_ray.vision.onnx_net import OnnxNet, centre_crop
 from tests.bench.tiny import JPEG, a_picture, save_feature_net, save_lpips
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 
 IMAGE = a_picture(40, 56)
 
@@ -136,10 +140,14 @@ def test_a_teacher_is_marked_by_its_digest_or_that_of_the_same_weights(judge):
 
 
 def test_teachers_are_read_from_the_provenance():
-    one = {"name": "MobileNetV2", "sha256": "ab"}
-    assert teachers_of({"provenance": {"teacher": one}}) == {"ab"}
-    assert teachers_of({"provenance": {"teacher": [one, {"sha256": "cd"}]}}) == {"ab", "cd"}
-    assert teachers_of({"provenance": {"teacher": None}}) == teachers_of({}) == frozenset()
+    one, golden = {"name": "MobileNetV2", "sha256": "ab"}, read_checkpoint(GOLDEN)
+
+    def found(config):
+        return teachers_of(dataclasses.replace(golden, config=config))
+
+    assert found({"provenance": {"teacher": one}}) == {"ab"}
+    assert found({"provenance": {"teacher": [one, {"sha256": "cd"}]}}) == {"ab", "cd"}
+    assert found({"provenance": {"teacher": None}}) == found({}) == frozenset()
 
 
 def test_every_metric_has_a_name_and_a_scale_where_more_is_better():

@@ -5,16 +5,19 @@ import json
 import math
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from dicmh_ray import bench
 from dicmh_ray.bench.bd_rate import bd_rate
 from dicmh_ray.bench.rd import average, curve_of
 from dicmh_ray.bench.subject import find_images, for_each_picture
-from dicmh_ray.errors import MissingExtraError, SourceNotFoundError
+from dicmh_ray.cli import app
+from dicmh_ray.errors import MissingExtraError, SourceFormatError, SourceNotFoundError
 from tests.bench.tiny import JPEG, QUICK, CodecWithMsSsim, a_picture
 from tests.fake_codec import POISON, FakeCodec
 
@@ -272,7 +275,7 @@ def test_a_folder_without_usable_images_is_named(tmp_path):
     with pytest.raises(SourceNotFoundError):
         bench.evaluate_rd([tmp_path], FakeCodec())
     (tmp_path / "bad.png").write_bytes(b"bad")
-    with pytest.raises(SourceNotFoundError):
+    with pytest.raises(SourceFormatError, match=r"none of 1 .*; bad\.png: "):
         bench.evaluate_rd([tmp_path], FakeCodec())
 
 
@@ -311,3 +314,31 @@ def test_small_pictures_keep_their_size_and_long_names_their_end():
     assert np.array_equal(sheet[12:32, 12:32], a_picture(20, 20))
     with pytest.raises(ValueError, match="cell"):
         bench.draw_sheet([[]])
+
+
+def test_a_mistyped_source_is_refused_beside_one_that_is_there(tmp_path):
+    Image.fromarray(a_picture()).save(tmp_path / "a.png")
+    with pytest.raises(SourceNotFoundError, match=r"b\.png"):
+        find_images([tmp_path / "a.png", tmp_path / "b.png"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceNotFoundError, match="empty"):
+        find_images([tmp_path, tmp_path / "empty"])
+
+
+def test_pictures_that_are_left_out_are_named_beside_the_tables(tmp_path):
+    Image.fromarray(a_picture()).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"bad")
+    golden = Path(__file__).parents[1] / "golden" / "checkpoint"
+    result = CliRunner().invoke(app, ["bench", "rd", str(tmp_path), "--checkpoint", str(golden)])
+    assert result.exit_code == 0
+    assert "left out: b.png: " in result.stderr
+    assert "Means over 1 images" in result.stdout
+
+
+def test_a_path_inside_one_folder_is_not_taken_for_the_whole_path_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a", "c", "b/a")):
+        Path(name).mkdir(parents=True)
+        Image.fromarray(a_picture(seed=seed)).save(Path(name) / "x.png")
+    found = find_images(["a", "c", "b"])
+    assert found == [(name, Path(name)) for name in ("a/x.png", "b/a/x.png", "c/x.png")]

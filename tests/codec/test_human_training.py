@@ -147,9 +147,13 @@ def test_a_run_can_begin_with_the_human_view_of_a_checkpoint_in_units_of_its_own
             device="cpu",
             start_from=start,
         ).human
-        for name, start in (("new", None), ("continued", tmp_path / "checkpoint"))
+        for name, start in (
+            ("new", None),
+            ("continued", tmp_path / "checkpoint"),
+            ("continued", tmp_path / "gone"),  # a run that goes on has no need of it
+        )
     ]
-    new, continued = found
+    new, _, continued = found
     assert new is not None
     assert continued is not None
     for name, value in given.human.named_parameters():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dicmh_ray.codec.run_state import RunFolder
 from dicmh_ray.codec.stage import Losses, Stage, StageOptions
+from dicmh_ray.errors import WeightsError
 
 FILES: Mapping[str, str] = {"state": "s.safetensors", "progress": "s.json", "log": "s.jsonl"}
 
@@ -115,6 +116,15 @@ def test_a_stage_that_is_run_again_goes_on_from_its_last_save(tmp_path: Path) ->
     assert moments == [optimiser.state_dict()["state"] for optimiser in first.optimisers]
     again.run()
     assert (again.step, len(again.seen)) == (5, 2)
+
+
+@pytest.mark.parametrize("name", ["state", "progress"])
+def test_a_save_that_a_crash_cut_short_is_named(tmp_path: Path, name: str) -> None:
+    options = StageOptions(steps=1)
+    LineStage(tmp_path, options).run()
+    (tmp_path / FILES[name]).write_bytes(b"")
+    with pytest.raises(WeightsError, match=f"{FILES[name]}: a damaged save"):
+        LineStage(tmp_path, options)
 
 
 def test_a_run_that_goes_on_sees_what_it_would_have_seen(tmp_path: Path) -> None:

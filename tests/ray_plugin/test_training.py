@@ -143,7 +143,7 @@ def started(monkeypatch):
     ("arguments", "given"),
     [
         (("--preset", TINY, "--prior-minutes", "2"), ("prior", 2)),
-        (("--human-minutes", "2"), ("human", 2)),
+        (("--human-minutes", "2", "--teacher", __file__), ("human", 2)),
     ],
 )
 def test_the_program_hands_its_options_to_the_workers(arguments, given, started, tmp_path):

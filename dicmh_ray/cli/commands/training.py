@@ -38,7 +38,9 @@ def train(
             "`diff-icmh-tiny` for a trial."
         ),
     ] = "default",
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="All in all, instead of the preset's.")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="End the schedule by then.")
     ] = None,

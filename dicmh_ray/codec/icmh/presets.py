@@ -9,6 +9,7 @@ same for trials, in seconds. Each stage leaves its result in the run's folder, a
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from dicmh_ray.codec.checkpoint import Checkpoint, read_checkpoint
+from dicmh_ray.codec.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, read_checkpoint
 from dicmh_ray.codec.device import find_device
 from dicmh_ray.codec.icmh.config import (
     IcmhConfig,
@@ -195,8 +196,9 @@ def train_icmh(
     output = folder / CHECKPOINT_NAME
     words = sorted({word for tags in photographs.tags for word in tags})
     with _first_process_first():  # it writes the tokenizer
+        found = read_checkpoint(start_from or DEFAULT_CHECKPOINT)
         if start_from is not None:
-            parts = _given_parts(read_checkpoint(start_from), output)
+            parts = _given_parts(found, output)
         else:
             parts = _new_parts(chosen, words, output)
     for module in parts.modules().values():
@@ -217,15 +219,22 @@ def train_icmh(
     with _first_process_first() as is_first:
         if not is_first:
             return read_checkpoint(output)
+        provenance = {
+            "preset": preset,
+            "photographs": len(photographs.entries),
+            "options": {
+                # JSON has no number for what has no bound.
+                name: None if value == math.inf else value
+                for name, value in dataclasses.asdict(options or chosen.codec).items()
+            },
+        }
+        if found.teachers:
+            provenance["teacher"] = found.teachers
         return write_icmh_checkpoint(
             parts,
             calibrate(parts, photographs, chosen.calibration_crops).to_arrays(),
             output,
-            provenance={
-                "preset": preset,
-                "photographs": len(photographs.entries),
-                "options": dataclasses.asdict(options or chosen.codec),
-            },
+            provenance=provenance,
             vocabulary=Vocabulary(words) if words else None,
         )
 

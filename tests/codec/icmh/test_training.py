@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dicmh_ray.codec import load_codec
+from dicmh_ray.codec import load_codec, read_checkpoint
 from dicmh_ray.codec.icmh import presets
 from dicmh_ray.codec.icmh.parts import Parts
 from dicmh_ray.codec.icmh.presets import ICMH_PRESETS, train_icmh
@@ -258,6 +258,8 @@ def test_a_preset_trains_to_a_checkpoint_that_codes(tmp_path: Path) -> None:
         pack, tmp_path, preset="diff-icmh-tiny", options=QUICK, prior=QUICK, device="cpu"
     )
     assert found.config["provenance"]["preset"] == "diff-icmh-tiny"
+    assert b"Infinity" not in found.files["config.json"], "which is no JSON"
+    assert found.teachers == read_checkpoint().teachers, "of the autoencoder that it has"
     codec = load_codec(tmp_path / "checkpoint", device="cpu")
     assert codec.codec_id == found.codec_id
     assert codec.views == ("machine", "human")
