@@ -224,6 +224,19 @@ def test_other_views_are_samples_too(archive_uri, kind, view, field, shape):
 
 
 @pytest.mark.parametrize("kind", [ArchiveIterable, ArchiveDataset])
+def test_thumbnails_are_of_the_states_that_were_asked_for(archive_uri, kind):
+    calls = []
+
+    class Codec(FakeCodec):
+        def decode(self, bitstreams, *, states=None, view="machine"):
+            calls.append(states)
+            return super().decode(bitstreams, states=states, view=view)
+
+    next(iter(kind(archive_uri, view="thumbnail", states=2, codec=Codec)))
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("kind", [ArchiveIterable, ArchiveDataset])
 def test_what_cannot_be_a_sample_is_refused_at_once(archive_uri, tmp_path, kind):
     with pytest.raises(ValueError, match="view is 'tags'"):
         kind(archive_uri, view="tags")
