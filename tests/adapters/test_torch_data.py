@@ -133,6 +133,7 @@ def test_a_loop_goes_on_where_it_stopped(archive_uri, done):
     state = json.loads(json.dumps(first.state_dict()))
     second = dataset()
     second.load_state_dict(state)
+    assert second.state_dict() == state
     after = keys_of(second)
     whole = dataset()
     whole.set_epoch(2)
