@@ -234,6 +234,9 @@ class ViewIterator(Iterator[ImageView]):
         except StopIteration:
             self.order.done = len(self.order)
             raise
+        except BaseException:
+            self._running = None  # a generator that raised is at its end, the loop is not
+            raise
         self.order.done = done
         return image
 
