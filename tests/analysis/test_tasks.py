@@ -371,6 +371,7 @@ def test_a_label_of_which_there_are_too_few_is_no_class(archive_folder):
 
 
 def test_latent_embeddings_are_results_as_any(snapshot, codec):
-    analyze(snapshot, EmbedLatent(), codec=codec)
+    done = analyze(snapshot, EmbedLatent(), codec=codec)
+    assert done.report.causes == {"has no bitstream, its status is kept_original": 3}
     rows = read_results(snapshot, EmbedLatent()).table().to_pylist()
     assert {len(row["embedding"]) for row in rows if row["error"] is None} == {DIMENSIONS}
