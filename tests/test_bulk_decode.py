@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 from typer.testing import CliRunner
 
-from dicmh_ray.archive import create_archive, open_store
+from dicmh_ray.archive import create_archive, open_snapshot, open_store
 from dicmh_ray.cli import app
 from dicmh_ray.errors import CorruptRowError, JobError, PlanConflictError, UnreadableImageError
 from dicmh_ray.ray_plugin import compress
@@ -310,6 +310,32 @@ def test_the_program_decodes_in_bulk_goes_on_and_says_what_it_left_out(
     assert again.stderr.startswith("0 of 3 shards to do")
     run(archive, "img-1", *bulk, code=2)
     run(archive, *bulk, "--format", "npy", code=2)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("--where", "psnr > 3"),
+        ("--sample", "9"),
+        ("--sample", "9", "--where", "psnr > 3"),
+        ("1/b",),
+    ],
+)
+@pytest.mark.parametrize("lost", ["data/", "index/"])
+def test_the_program_decodes_what_is_left_of_an_archive(tmp_path, monkeypatch, chosen, lost):
+    monkeypatch.setattr(codecs, "load_codec", lambda *_, **__: FakeCodec())
+    monkeypatch.setattr(codecs, "_loaded_codecs", {})
+    for number, name in enumerate("ab"):
+        write_tar(tmp_path / f"{number}.tar", {name: bmp(picture(number))})
+    uri = str(tmp_path / "archive")
+    compress(f"{tmp_path}/*.tar", uri, codec=FakeCodec, runtime="local")
+    store = open_store(uri)
+    store.delete(open_snapshot(uri).parts[0].name)
+    for name in store.list("index/") if lost == "index/" else ():
+        store.delete(name)
+    command = ["decode", uri, *chosen, "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, "--on-error", "skip"])
+    assert result.stdout.split() == ["1/b", str(next((tmp_path / "out").iterdir()))]
 
 
 def test_the_program_names_damaged_rows_and_goes_on_where_told(archive, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dicmh_ray.archive import (
@@ -283,6 +284,25 @@ def test_a_damaged_blob_is_refused_by_every_way_of_reading(tmp_path):
     assert reader.bitstream("x", 1)
     with pytest.raises(ValueError, match="original cannot be checked"):
         reader.get("y", blobs=("original",), columns="index")
+
+
+def test_rows_beside_a_unit_that_is_lost_are_read_as_they_were(tmp_path):
+    uri = str(tmp_path)
+    job = create_archive(uri, plan=plan_of("a", "b"), codec_files=CODEC_FILES)
+    for unit in "ab":
+        job.commit_unit(unit, [ok_row(f"of-{unit}")])
+    job.finalize()
+    whole = ArchiveReader.open(uri).get("of-b")
+    store = open_store(uri)
+    for name in [open_snapshot(uri).parts[0].name, *store.list("index/")]:
+        store.delete(name)
+    reader = ArchiveReader.open(uri)
+    ((number, row),) = reader.numbered(blobs=BLOBS, on_error="skip")
+    assert row == reader.read_row(number) == whole
+    assert [fault.reason for fault in reader.faults] == ["is missing"]
+    for read in (lambda: reader.get("of-b"), lambda: reader.read_rows(np.array([number]))):
+        with pytest.raises(CorruptObjectError, match="is missing"):
+            read()
 
 
 def test_a_missing_part_is_a_damaged_object(tmp_path):

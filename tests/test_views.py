@@ -414,6 +414,16 @@ def test_a_loop_leaves_out_rows_without_a_picture_where_that_was_chosen(archive)
     assert len(list(archive.iter())) == 4
 
 
+def test_a_loop_that_raised_is_not_at_its_end(archive):
+    loop = archive.iter(view="machine")
+    with pytest.raises(UnreadableImageError):
+        list(loop)
+    state = loop.state_dict()
+    with pytest.raises(UnreadableImageError):
+        next(loop)
+    assert loop.state_dict() == state
+
+
 def test_what_was_decoded_is_read_from_the_cache(archive, codec, tmp_path):
     uri = archive.reader.snapshot.uri
     for _ in range(2):

@@ -107,7 +107,7 @@ def held_view(image: ImageView, view: str, states: int | None) -> Any:
         return image.latent(states)
     if view == "original":
         return image.original
-    return image.thumbnail() if view == "thumbnail" else image.pixels(view, states)
+    return image.thumbnail(states=states) if view == "thumbnail" else image.pixels(view, states)
 
 
 def webdataset_sample(

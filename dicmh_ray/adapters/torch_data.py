@@ -126,6 +126,8 @@ class ArchiveIterable(IterableDataset[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop in this process is, as JSON."""
+        if self._bookmark is not None:
+            return dict(self._bookmark)  # of the loop that was not begun yet
         if self._running is not None:
             return self._running.state_dict()
         return {"epoch": int(self._epoch), "position": None}

@@ -9,6 +9,7 @@ The words only propose; every pair that counts was compared.
 """
 
 import hashlib
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ class NearDuplicates(Survey):
     """
 
     name = "near-duplicates"
-    version = "2"
+    version = "3"
     tables = ("groups",)
 
     def __init__(self, *, threshold: float = 0.9, states: int | None = 2) -> None:
@@ -79,18 +80,21 @@ class NearDuplicates(Survey):
         if ground.results is None:
             raise ResultsError(ground.reader.snapshot.uri, self.name, "needs embeddings")
         table = ground.results.table([KEY, "embedding", ERROR])
-        table = table.filter(table[ERROR].is_null())
-        keys = table[KEY].to_pylist()
-        facts = _facts(ground)
-        digests = [facts[key]["original_sha256"] for key in keys]
+        found = table[ERROR].is_null()
+        all_facts = _facts(ground, table[KEY].to_pylist())
+        facts = [
+            row for row, is_found in zip(all_facts, found.to_pylist(), strict=True) if is_found
+        ]
+        table = table.filter(found)
+        digests = [row["original_sha256"] for row in facts]
         embeddings = _matrix(table["embedding"])
         pairs = [
             *similar_pairs(embeddings, self.threshold),
             *_same_bytes(digests),
         ]
         rows = []
-        for number, members in enumerate(_joined(len(keys), pairs)):
-            members.sort(key=lambda i: (-_pixels(facts[keys[i]]), keys[i]))
+        for number, members in enumerate(_joined(len(facts), pairs)):
+            members.sort(key=lambda i: (-_pixels(facts[i]), facts[i]["key"]))
             first = members[0]
             for i in members:
                 is_exact = bool(digests[i]) and digests[i] == digests[first]
@@ -98,12 +102,12 @@ class NearDuplicates(Survey):
                 rows.append(
                     {
                         "group": number,
-                        "key": keys[i],
+                        "key": facts[i]["key"],
                         "is_representative": i == first,
                         "similarity": min(cosine, 1.0),
                         "is_exact": is_exact,
-                        "width": facts[keys[i]]["width"],
-                        "height": facts[keys[i]]["height"],
+                        "width": facts[i]["width"],
+                        "height": facts[i]["height"],
                     }
                 )
         return {"groups": pa.Table.from_pylist(rows, schema=GROUPS_SCHEMA)}
@@ -174,13 +178,15 @@ def _joined(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _facts(ground: Ground) -> dict[str, dict[str, Any]]:
+def _facts(ground: Ground, keys: list[str]) -> list[dict[str, Any]]:
+    """Of the rows of results. Units may share a key, and have each of theirs once: of equal keys
+    the first row is that of the first result."""
     columns = ["key", "width", "height", "original_sha256"]
-    return {
-        row["key"]: row
-        for batch in ground.reader.scan(columns, ground.where)
-        for row in batch.to_pylist()
-    }
+    rows: dict[str, deque[dict[str, Any]]] = defaultdict(deque)
+    for batch in ground.reader.scan(columns, ground.where):
+        for row in batch.to_pylist():
+            rows[row["key"]].append(row)
+    return [rows[key].popleft() for key in keys]
 
 
 def _pixels(row: Mapping[str, Any]) -> int:

@@ -276,7 +276,7 @@ class Analysis:
         ]
         return _Looked(
             table=pa.concat_tables([*good, table]),
-            causes=Counter(error.partition(":")[0] for error in errors.values()),
+            causes=Counter(_cause(key, error) for key, error in errors.items()),
             tried=len(sound),
             failed=len(failures),
             last_error=next(reversed(failures.values()), None) if failures else None,
@@ -309,6 +309,11 @@ class Analysis:
         if table[KEY].to_pylist() != batch.keys:
             raise TaskError(self.task.name, "does not give one row for each key, in their order")
         return [table], {}
+
+
+def _cause(key: str, error: str) -> str:
+    """What an error has in common with those of other rows."""
+    return error.removeprefix(repr(key)).lstrip(": ").partition(":")[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

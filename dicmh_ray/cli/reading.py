@@ -263,17 +263,17 @@ def _selected(
     named: set[int] = set()
     for key in dict.fromkeys(keys):
         try:
-            image = archive[key]
+            rows = archive.reader.find([key], on_error=on_error)
         except RowNotFoundError as exc:
             failures.append(str(exc))
             continue
-        named.add(image.number)
-        yield image
+        named.update(rows.tolist())
+        yield from archive.view_rows(rows, on_error=on_error)
     if where is None and sample is None:
         return
     if sample is not None:
-        chosen = archive.reader.sample_rows(sample, seed=seed, where=where)
-        yield from archive.view_rows(chosen[~np.isin(chosen, list(named))])
+        chosen = archive.reader.sample_rows(sample, seed=seed, where=where, on_error=on_error)
+        yield from archive.view_rows(chosen[~np.isin(chosen, list(named))], on_error=on_error)
         return
     for image in archive.iter(where, on_error=on_error):
         if image.number not in named:

@@ -92,7 +92,8 @@ def write_archive(
     else:
         encode = Encode(codec, policy=policy, options=encode_options)
         checkpoint = encode.checkpoint
-        ds = ds.map_batches(encode, batch_size=batch_size)
+        # In numpy a column with nulls has numbers that are none, and its integers are no longer.
+        ds = ds.map_batches(encode, batch_size=batch_size, batch_format="pyarrow")
     sink = ArchiveDatasink(
         uri, checkpoint=checkpoint, part_options=part_options, storage_options=storage_options
     )

@@ -31,6 +31,7 @@ from dicmh_ray.pipeline import EncodeOptions, EncodePolicy, encode_images
 from dicmh_ray.pipeline.checkpoint import Checkpoint
 from dicmh_ray.reader import OnError
 from dicmh_ray.source import SourceImage
+from dicmh_ray.source.metadata import json_value
 from dicmh_ray.views import codec_of, decode_views
 from dicmh_ray.views.decode import check_view, error_of
 
@@ -175,7 +176,8 @@ class Encode:
 
     ``bytes`` are image files; of an ``image`` (uint8 ``[H, W, 3]`` or ``[H, W]``) a PNG is made, and
     that is then the original whose digest the row has. A column ``tags`` (lists of words) becomes
-    the tags; the others become the metadata, as far as they are JSON.
+    the tags; the others become the metadata, as far as they have a form in JSON: dates do, columns of
+    bytes do not. A row without a picture is a failed one.
     """
 
     def __init__(
@@ -237,14 +239,14 @@ def _source_images(batch: Batch) -> Iterator[SourceImage]:
         tags = values["tags"][place] if "tags" in values else None
         yield SourceImage(
             key=str(key),
-            data=content if isinstance(content, bytes) else _png(np.asarray(content)),
+            data=_file(content),
             source_uri="",
             metadata={
                 name: plain
                 for name in others
                 if (plain := _json_value(values[name][place])) is not None
             },
-            tags=tuple(str(tag) for tag in (() if tags is None else tags)),
+            tags=_words(tags),
         )
 
 
@@ -281,12 +283,39 @@ def _values(batch: Batch, name: str) -> Sequence[Any]:
     return list(batch[name])
 
 
+def _file(content: Any) -> bytes:
+    if content is None:
+        return b""  # a row without a picture, as in a table
+    return content if isinstance(content, bytes) else _png(np.asarray(content))
+
+
+def _words(tags: Any) -> tuple[str, ...]:
+    if isinstance(tags, str):
+        return (tags,)
+    # Where all of a batch are null they are numbers that are none.
+    return tuple(map(str, tags)) if isinstance(tags, list | tuple | np.ndarray) else ()
+
+
 def _json_value(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, np.ndarray):
+    """What a table's value becomes in the metadata; None where it has no such form."""
+    plain = _plain(value)
+    if isinstance(plain, bytes):
+        return None  # of any size
+    try:
+        return json_value(plain)
+    except ValueError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """Python's values for numpy's, inside lists and mappings as well."""
+    if isinstance(value, np.datetime64):
+        value = value.astype("datetime64[us]")  # of nanoseconds numpy makes a number
+    if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
-    return value if isinstance(value, str | int | float | bool | list | dict) else None
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _no_views(field: str) -> Any:

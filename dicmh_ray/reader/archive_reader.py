@@ -349,8 +349,12 @@ class ArchiveReader:
         columns: Literal["all", "index"] = "all",
     ) -> EncodedImage:
         """One row by its number; arguments, costs and damage as :meth:`get`."""
+        # A number that this index gave is that of its row, whatever other rows are lost.
+        index = self._rows_index(refuse if self._index is None else self._note)
         rows = np.array([number], np.int64)
-        ((_, row),) = self.read_rows(rows, blobs, states, columns, max_gap=POINT_GAP_BYTES)
+        ((_, row),) = self._read_rows(
+            index, rows, blobs, states, columns, on_error="raise", max_gap=POINT_GAP_BYTES
+        )
         return row
 
     def read_rows(
@@ -368,11 +372,33 @@ class ArchiveReader:
 
         With ``spare_originals`` the original is read only of rows without a bitstream.
         """
+        check_on_error(on_error)
+        index = self._rows_index(refuse if on_error == "raise" else self._note)
+        return self._read_rows(
+            index,
+            rows,
+            blobs,
+            states,
+            columns,
+            on_error=on_error,
+            max_gap=max_gap,
+            spare_originals=spare_originals,
+        )
+
+    def _read_rows(
+        self,
+        index: RowIndex,
+        rows: Numbers,
+        blobs: Iterable[str],
+        states: int | None,
+        columns: Literal["all", "index"],
+        *,
+        on_error: OnError,
+        max_gap: int,
+        spare_originals: bool = False,
+    ) -> list[tuple[int, EncodedImage]]:
         wanted = _check_blobs(blobs, columns)
         _check_states(states)
-        check_on_error(on_error)
-        sink = refuse if on_error == "raise" else self._note
-        index = self._rows_index(sink)
         order = np.argsort(rows, kind="stable")
         tasks = []
         for number, members in _by_group(index, rows[order]):
@@ -499,7 +525,7 @@ class ArchiveReader:
     ) -> pa.Table:
         if not blobs:
             return small
-        index = self._rows_index(refuse)
+        index = self._rows_index(self._note)  # who has the rows was told what is lost
         places = index.table(PLACES).slice(group.start, group.num_rows).take(members)
         return with_blobs(
             small,
@@ -517,7 +543,7 @@ class ArchiveReader:
     ) -> pa.Table | None:
         """Small columns of some rows of a row group; None if they are lost, and ``sink`` knows."""
         if set(names) <= INDEX_FACTS:
-            facts = self._rows_index(sink).table(names)
+            facts = self._rows_index(self._note).table(names)
             return facts.slice(group.start, group.num_rows).take(members)
         try:
             return self._small.read(group, names).take(members)

@@ -151,9 +151,12 @@ class Archive:
         """
         return self.view_rows(self.reader.find(keys))
 
-    def view_rows(self, rows: Numbers) -> list[ImageView]:
-        """Images by the numbers of their rows, in that order; no request beyond the index."""
-        found = self.reader.read_rows(rows, (), columns="index")
+    def view_rows(self, rows: Numbers, *, on_error: OnError = "raise") -> list[ImageView]:
+        """Images by the numbers of their rows, in that order; no request beyond the index.
+
+        With ``on_error="skip"`` numbers are those of the rows that are not lost.
+        """
+        found = self.reader.read_rows(rows, (), columns="index", on_error=on_error)
         return [
             ImageView(self, row, number, is_whole=False)
             for number, (_, row) in zip(rows.tolist(), found, strict=True)
@@ -233,6 +236,9 @@ class ViewIterator(Iterator[ImageView]):
             done, image = next(self._running)
         except StopIteration:
             self.order.done = len(self.order)
+            raise
+        except BaseException:
+            self._running = None  # a generator that raised is at its end, the loop is not
             raise
         self.order.done = done
         return image

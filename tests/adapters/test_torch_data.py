@@ -133,6 +133,7 @@ def test_a_loop_goes_on_where_it_stopped(archive_uri, done):
     state = json.loads(json.dumps(first.state_dict()))
     second = dataset()
     second.load_state_dict(state)
+    assert second.state_dict() == state
     after = keys_of(second)
     whole = dataset()
     whole.set_epoch(2)
@@ -221,6 +222,19 @@ def test_a_batch_is_decoded_at_once(archive_uri):
 def test_other_views_are_samples_too(archive_uri, kind, view, field, shape):
     data = kind(archive_uri, view=view, codec=FakeCodec, transform=lambda s: s[field].shape)
     assert next(iter(data)) == shape
+
+
+@pytest.mark.parametrize("kind", [ArchiveIterable, ArchiveDataset])
+def test_thumbnails_are_of_the_states_that_were_asked_for(archive_uri, kind):
+    calls = []
+
+    class Codec(FakeCodec):
+        def decode(self, bitstreams, *, states=None, view="machine"):
+            calls.append(states)
+            return super().decode(bitstreams, states=states, view=view)
+
+    next(iter(kind(archive_uri, view="thumbnail", states=2, codec=Codec)))
+    assert calls == [2]
 
 
 @pytest.mark.parametrize("kind", [ArchiveIterable, ArchiveDataset])

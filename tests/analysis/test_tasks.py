@@ -268,6 +268,23 @@ def test_near_duplicates_are_grouped_from_latents_alone(tmp_path, codec):
     assert all(row["similarity"] >= 0.97 for row in rows)
 
 
+def test_rows_of_one_key_are_compared_as_what_they_are(tmp_path, codec):
+    from dicmh_ray.ray_plugin import compress
+    from tests.small_collections import bmp, write_tar
+
+    tar, uri = tmp_path / "x.tar", str(tmp_path / "again")
+    first = picture(40, height=64, width=64)
+    for image in (first, first[:60] // 32 * 32):  # a tar that was changed is new as a whole
+        write_tar(tar, {"p": bmp(image)})
+        compress(str(tar), uri, codec=FakeCodec, runtime="local", append=image is not first)
+    archive = open_archive(uri, codec=codec)
+    survey = NearDuplicates(states=None)
+    analyze(archive.reader.snapshot, survey, codec=codec)
+    rows = read_survey(archive.reader.snapshot, survey)["groups"].to_pylist()
+    assert [row["key"] for row in rows] == ["p", "p"]
+    assert [(row["height"], row["is_exact"]) for row in rows] == [(64, True), (60, False)]
+
+
 def test_tag_statistics_need_the_index_alone(snapshot, codec, monkeypatch):
     read = []
     get_range = type(snapshot.store).get_range
@@ -371,6 +388,7 @@ def test_a_label_of_which_there_are_too_few_is_no_class(archive_folder):
 
 
 def test_latent_embeddings_are_results_as_any(snapshot, codec):
-    analyze(snapshot, EmbedLatent(), codec=codec)
+    done = analyze(snapshot, EmbedLatent(), codec=codec)
+    assert done.report.causes == {"has no bitstream, its status is kept_original": 3}
     rows = read_results(snapshot, EmbedLatent()).table().to_pylist()
     assert {len(row["embedding"]) for row in rows if row["error"] is None} == {DIMENSIONS}

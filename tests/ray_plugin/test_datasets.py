@@ -1,6 +1,8 @@
 """Archives as Ray datasets and Ray datasets as archives, on a real local cluster."""
 
+import datetime
 import io
+import json
 import logging
 import os
 import uuid
@@ -297,6 +299,40 @@ def test_files_that_cannot_be_coded_become_rows_too(tmp_path):
     assert statuses["broken"] != "ok"
     with pytest.raises(ValueError, match="wanted the columns"):
         Encode(FakeCodec)({"name": np.array(["x"])})
+
+
+def test_columns_beside_a_picture_are_metadata_whatever_they_nest():
+    day = datetime.datetime(2020, 1, 2)
+    row = {
+        "key": "a",
+        "image": picture(1),
+        "tags": "dog",
+        "at": np.datetime64(day, "ns"),
+        "of": {"boxes": np.ones((1, 2)), "seen": [day], "score": NAN},
+        "mask": b"of any size",
+    }
+    columns = {name: np.empty(2, object) for name in row}
+    for name, value in row.items():
+        columns[name][:] = [value, None]
+    columns["key"][1] = "b"
+    first, second = Encode(FakeCodec)(columns).to_pylist()
+    assert first["tags"] == ["dog"]
+    assert json.loads(first["metadata"]) == {
+        "at": day.isoformat(),
+        "of": {"boxes": [[1.0, 1.0]], "seen": [day.isoformat()], "score": "nan"},
+    }
+    assert (second["status"], second["error"]) == ("failed", "unreadable: empty")
+    assert (second["tags"], second["metadata"]) == ([], "{}")
+    no_tags = {"key": np.array(["c"]), "image": picture(1)[None], "tags": np.array([NAN])}
+    assert Encode(FakeCodec)(no_tags).to_pylist()[0]["tags"] == []
+
+
+def test_nulls_and_integers_of_a_dataset_stay_what_they_are(tmp_path):
+    rows = [{"key": str(n), "image": picture(n), "n": n or None, "no": None} for n in range(3)]
+    uri = str(tmp_path / "archive")
+    write_archive(ray.data.from_items(rows, override_num_blocks=1), uri, codec=FakeCodec)
+    metadata = {view.key: view.row.metadata for view in open_archive(uri)}
+    assert metadata == {"0": "{}", "1": '{"n":1}', "2": '{"n":2}'}
 
 
 def test_rows_of_one_archive_become_another(archive_uri, tmp_path):  # noqa: F811
