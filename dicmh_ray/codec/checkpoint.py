@@ -124,6 +124,15 @@ def checkpoint_directory(checkpoint: str | Path) -> Path:
     return Path(checkpoint)
 
 
+def begin_checkpoint(folder: Path) -> None:
+    """Make a folder ready for a checkpoint's files, of which ``config.json`` is written last.
+
+    Until then the folder is no checkpoint: files of two never pass for one, whenever a writer is killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+
+
 def read_checkpoint(checkpoint: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint:
     """Read a checkpoint directory whole and compute its identity.
 

@@ -15,6 +15,7 @@ from dicmh_ray.codec.checkpoint import (
     LATENT_UNIT,
     LAYERED_CODER,
     Checkpoint,
+    begin_checkpoint,
     read_checkpoint,
 )
 from dicmh_ray.codec.contexts import Symbols
@@ -110,7 +111,7 @@ def write_checkpoint(
         folder: created if needed; files in it are replaced.
         provenance: how the checkpoint came to be; goes into ``config.json``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    begin_checkpoint(folder)
     weights = {k: v.half().contiguous() for k, v in network.state_dict().items()}
     # Numbers, not an exponential that another machine's library may round otherwise: latents are exact.
     weights[LATENT_UNIT] = network.latent.unit().detach().float().contiguous()
@@ -120,9 +121,9 @@ def write_checkpoint(
         "network": network.config.to_dict(),
         "provenance": provenance,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "weights.safetensors").write_bytes(safetensors.torch.save(weights))
     (folder / "tables.safetensors").write_bytes(safetensors.numpy.save(tables.to_arrays()))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return read_checkpoint(folder)
 
 

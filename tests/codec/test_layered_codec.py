@@ -14,9 +14,11 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
 from dicmh_ray.bitstream import Header, State, parse_bitstream, prefix_bytes, write_bitstream
-from dicmh_ray.codec import layered_codec, load_codec, read_checkpoint, reference_decoder
+from dicmh_ray.codec import export, layered_codec, load_codec, read_checkpoint, reference_decoder
 from dicmh_ray.codec.layered_codec import LayeredCodec
+from dicmh_ray.codec.network import CodecNetwork, NetworkConfig
 from dicmh_ray.codec.symbols import as_rounded
+from dicmh_ray.codec.tables import ContextTables
 from dicmh_ray.errors import (
     BitstreamError,
     CodecMismatchError,
@@ -271,6 +273,27 @@ def test_a_checkpoint_is_what_its_files_are(tmp_path: Path) -> None:
         config.replace('"finest_step": 40.0', '"finest_step": 41.0')
     )
     assert read_checkpoint(tmp_path).codec_id != original.codec_id
+
+
+def test_files_of_two_checkpoints_never_pass_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that is killed between the files leaves what is no checkpoint."""
+    golden = read_checkpoint(GOLDEN / "checkpoint")
+    network = CodecNetwork(NetworkConfig.from_dict(golden.config["network"]))
+    arrays = safetensors.numpy.load(golden.files["tables.safetensors"])
+    tables = ContextTables.from_arrays(arrays, "golden")
+    written = export.write_checkpoint(network, tables, tmp_path, provenance={"crops": 7})
+    assert written.config["provenance"] == {"crops": 7}
+
+    def die(_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.numpy, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        export.write_checkpoint(network, tables, tmp_path, provenance={"crops": 8})
+    with pytest.raises(WeightsError, match=r"config\.json missing"):
+        read_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_carries_the_formats_and_a_reference_decoder() -> None:

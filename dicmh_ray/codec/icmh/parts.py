@@ -23,7 +23,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dicmh_ray.codec.checkpoint import DIFF_ICMH, FORMAT, Checkpoint, read_checkpoint
+from dicmh_ray.codec.checkpoint import (
+    DIFF_ICMH,
+    FORMAT,
+    Checkpoint,
+    begin_checkpoint,
+    read_checkpoint,
+)
 from dicmh_ray.codec.icmh.config import IcmhConfig
 from dicmh_ray.codec.icmh.control import ControlledUNet
 from dicmh_ray.codec.icmh.exact import ExactEntropyModel
@@ -203,7 +209,7 @@ def write_icmh_checkpoint(
         vocabulary: words that its streams name by number.
         is_half: weights other than the latent coder's in float16.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    begin_checkpoint(folder)
     for name, module in parts.modules().items():
         half = is_half and name != "latent_coder"
         state = {k: _stored(v, half) for k, v in module.state_dict().items()}
