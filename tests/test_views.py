@@ -156,6 +156,13 @@ def test_a_key_that_is_not_there_is_a_key_error(archive):
         archive["c"]
     with pytest.raises(IndexError):
         archive[4]
+    with pytest.raises(TypeError, match="integer"):
+        archive[1.0]
+
+
+def test_a_position_may_be_an_integer_of_numpy(archive):
+    assert archive[np.int64(1)].key == archive[1].key
+    assert archive[np.int8(-1)].key == archive[-1].key
 
 
 def test_a_filter_selects_rows(archive):

@@ -492,6 +492,8 @@ def open_store(
         MissingExtraError: the address is on S3 and s3fs is not installed.
         StoreAddressError: there is no such kind of store, or its client library is not installed.
     """
+    if not uri:  # to fsspec it is the current folder
+        raise StoreAddressError("an archive without a name", "wanted a path or a URL")
     # Only the scheme decides: building the file system twice would open two sessions.
     scheme = uri.split("://", 1)[0] if "://" in uri else "file"
     try:

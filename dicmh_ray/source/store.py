@@ -64,6 +64,8 @@ def open_filesystem(uri: str, options: SourceOptions) -> tuple[Any, str]:
     Raises:
         SourceAddressError: the URL carries a password, or no filesystem can be had for it.
     """
+    if not uri:  # to fsspec it is the current folder
+        raise SourceAddressError("a source", "is empty, as an unset variable of a shell is")
     before, own, behind = _address(uri)
     if _PASSWORD.match(own) or _PASSWORD.search(behind):
         raise SourceAddressError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -104,8 +104,8 @@ class Archive:
     def __iter__(self) -> Iterator[ImageView]:
         return self.views()
 
-    def __getitem__(self, key: str | int) -> ImageView:
-        """The image with a key, or at a position; no request beyond the index.
+    def __getitem__(self, key: str | SupportsIndex) -> ImageView:
+        """The image with a key, or at a position, numpy's integers too; no request beyond the index.
 
         Of two images with one key it is the first in storage order.
 
@@ -113,9 +113,9 @@ class Archive:
             RowNotFoundError: no row has this key; it is a KeyError.
             IndexError: the position is beyond the end.
         """
-        if isinstance(key, int):
-            return self.view_rows(np.array([range(len(self))[key]], np.int64))[0]
-        return self.get_many([key])[0]
+        if isinstance(key, str):
+            return self.get_many([key])[0]
+        return self.view_rows(np.array([range(len(self))[key]], np.int64))[0]
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str):

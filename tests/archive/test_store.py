@@ -285,6 +285,11 @@ def test_a_missing_client_library_says_how_to_get_it(monkeypatch):
         open_store("gs://user:secret@bucket/a")
 
 
+def test_an_empty_address_is_not_the_current_folder():
+    with pytest.raises(StoreAddressError, match="without a name"):
+        open_store("")
+
+
 def test_an_address_of_no_kind_of_store_is_refused_by_name():
     with pytest.raises(StoreAddressError, match=r"foo://x cannot be opened: Protocol not known"):
         open_store("foo://user:secret@x")

@@ -303,6 +303,11 @@ def test_options_out_of_range_are_refused(options):
         SourceOptions(**options)
 
 
+def test_an_empty_source_is_not_the_current_folder():
+    with pytest.raises(SourceAddressError, match="is empty"):
+        plan_units([""])
+
+
 @pytest.mark.parametrize("scheme", ["", "simplecache::", "zip://x.tar::simplecache::"])
 def test_passwords_in_urls_are_refused_without_being_repeated(scheme):
     with pytest.raises(SourceAddressError, match="password") as caught:
