@@ -19,7 +19,7 @@ from dicmh_ray.archive.schema import ARROW_SCHEMA, BLOBS, SMALL_COLUMNS, Encoded
 from dicmh_ray.archive.snapshot import ArchiveStatistics, Snapshot, open_snapshot, reindex
 from dicmh_ray.archive.store import Store, open_store, probe
 from dicmh_ray.archive.verify import Problem, VerifyReport, verify_archive
-from dicmh_ray.archive.writer import ArchiveWriter, create_archive
+from dicmh_ray.archive.writer import ArchiveWriter, create_archive, is_archive_table
 
 __all__ = [
     "ARROW_SCHEMA",
@@ -46,6 +46,7 @@ __all__ = [
     "collect_garbage",
     "compact_archive",
     "create_archive",
+    "is_archive_table",
     "open_snapshot",
     "open_store",
     "probe",

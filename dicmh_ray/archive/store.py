@@ -331,7 +331,7 @@ class Store:
         """The result of a request, made again while its error may pass.
 
         Raises:
-            StoreAddressError: the client has no such request: it only reads.
+            StoreAddressError: the client has no such request, as those that only read.
             StoreUnavailableError: all tries are spent.
         """
         error: OSError | None = None

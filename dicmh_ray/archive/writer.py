@@ -1,6 +1,7 @@
 """Write an archive: start it, commit its units in any order from anywhere, finish it."""
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ import pyarrow as pa
 
 from dicmh_ray.archive.codec_files import files_name, write_codec_files
 from dicmh_ray.archive.commit import (
+    ANALYSIS_PREFIX,
     COMMIT_PREFIX,
     Commit,
     ObjectFacts,
@@ -29,7 +31,13 @@ from dicmh_ray.archive.manifest import (
     manifest_name,
     manifest_versions,
 )
-from dicmh_ray.archive.part import INDEX_SCHEMA, PartOptions, write_index, write_parts
+from dicmh_ray.archive.part import (
+    INDEX_SCHEMA,
+    PART_PREFIX,
+    PartOptions,
+    write_index,
+    write_parts,
+)
 from dicmh_ray.archive.plan import PLAN_NAME, Plan
 from dicmh_ray.archive.schema import EncodedImage
 from dicmh_ray.archive.store import Store, open_store, probe
@@ -40,8 +48,17 @@ logger = logging.getLogger(__name__)
 
 INDEX_PREFIX = "index/"
 
+_TABLE = re.compile(
+    rf"({PART_PREFIX}part-|{INDEX_PREFIX}|{ANALYSIS_PREFIX}[^/]+/)[^/]*-[0-9a-f]{{16}}\.parquet"
+)
+
 COMMIT_LEASE_S = 6 * 3600
 """Parts that were put longer ago may be about to be deleted as garbage: they are not committed."""
+
+
+def is_archive_table(name: str) -> bool:
+    """Whether an object of an archive is a part, a row index or results, by its name."""
+    return _TABLE.fullmatch(name) is not None
 
 
 class ArchiveWriter:

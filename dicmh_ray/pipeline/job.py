@@ -27,6 +27,7 @@ from dicmh_ray.archive import (
     Snapshot,
     append_to_archive,
     create_archive,
+    is_archive_table,
     open_snapshot,
     published_units,
     unit_identity,
@@ -53,7 +54,7 @@ from dicmh_ray.pipeline.report import JobReport, Tally, UnitResult
 from dicmh_ray.pipeline.stopping import GRACE_S, listening_for_stop
 from dicmh_ray.pipeline.summary import SUMMARY_FIELD, RowSummary, cause_of
 from dicmh_ray.pipeline.units_queue import UnitsQueue
-from dicmh_ray.source import SourceImage, SourceOptions, Unit, plan_units, read_unit
+from dicmh_ray.source import SourceImage, SourceOptions, Target, Unit, plan_units, read_unit
 from dicmh_ray.source.image import printable_text
 
 _log = logging.getLogger(__name__)
@@ -275,7 +276,9 @@ def plan_work(
     base = open_snapshot(archive, storage_options=storage_options) if append else None
     checkpoint = choose_checkpoint(codec, base)
     if base is None:
-        units = plan_units(sources, options=source_options, target=archive)
+        units = plan_units(
+            sources, options=source_options, target=Target(archive, is_archive_table)
+        )
     else:
         units = plan_append(sources, base, source_options)
     parameters: dict[str, Any] = {"policy": policy.to_dict(), "source": source_options.to_dict()}
@@ -321,7 +324,8 @@ def plan_append(sources: Sequence[str], base: Snapshot, options: SourceOptions) 
         uri for unit in known if unit.get("kind") == "files" for uri in Unit.from_dict(unit).uri
     }
     present = {unit_identity(unit) for unit in known}
-    units = plan_units(sources, options=options, known_files=files, target=base.uri)
+    target = Target(base.uri, is_archive_table)
+    units = plan_units(sources, options=options, known_files=files, target=target)
     new = [unit for unit in units if unit_identity(unit.to_dict()) not in present]
     tables = {(unit["uri"], unit["etag"]) for unit in known if unit.get("kind") == "parquet"}
     for unit in new:

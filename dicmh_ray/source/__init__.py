@@ -6,6 +6,7 @@ Hides fsspec, tar, webdataset's conventions, Parquet and Pillow. Whatever a sour
 images comes out once: as bytes, or as a row that says why there are none.
 """
 
+from dicmh_ray.source.expand import Target
 from dicmh_ray.source.image import SourceImage
 from dicmh_ray.source.options import SourceOptions
 from dicmh_ray.source.pixels import Pixels, load_pixels, stated_pixels
@@ -15,6 +16,7 @@ __all__ = [
     "Pixels",
     "SourceImage",
     "SourceOptions",
+    "Target",
     "Unit",
     "load_pixels",
     "plan_units",

@@ -13,7 +13,7 @@ forty times).
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +33,6 @@ _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _REFUSED = re.compile(r"\.(tar\.(bz2|xz|zst|lz4)|tbz2?|txz|zip|7z|rar|tfrecords?|mds|lance)$")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _MAGIC = re.compile(r"[*?\[]")
-# Parts, row indexes and results, by their names: there may be sources in the same folder.
-_OWN = re.compile(r"(data/part-|index/|analysis/[^/]+/)[^/]*-[0-9a-f]{16}\.parquet")
 # fsspec's word for pipes, sockets and devices: to open a pipe may wait for ever.
 _NO_FILE = "other"
 _NUM_PARALLEL_LOOKUPS = 16
@@ -56,12 +54,21 @@ class Found:
     sidecars: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a job writes to: its own objects are no sources, even in a folder of the sources."""
+
+    address: str
+    """Of a folder or prefix."""
+
+    is_own: Callable[[str], bool]
+    """Whether an object below it, by its name there, is one that jobs write: there may be others."""
+
+
 def expand_sources(
-    sources: Sequence[str], options: SourceOptions, *, target: str | None = None
+    sources: Sequence[str], options: SourceOptions, *, target: Target | None = None
 ) -> list[Found]:
     """Resolve all arguments; an object named twice is kept where it is named first.
-
-    Tables of an archive at the address ``target`` are passed over.
 
     Raises:
         SourceNotFoundError: an argument, or one name its braces give, matches nothing.
@@ -77,11 +84,11 @@ def expand_sources(
             found.setdefault(item.uri, item)
     if target is None:
         return list(found.values())
-    folder = _folder_uri(target)
+    folder = _folder_uri(target.address)
     return [
         item
         for item in found.values()
-        if not (item.uri.startswith(folder) and _OWN.fullmatch(item.uri, len(folder)))
+        if not (item.uri.startswith(folder) and target.is_own(item.uri.removeprefix(folder)))
     ]
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from dicmh_ray.errors import SourceFormatError
-from dicmh_ray.source.expand import Found, expand_sources
+from dicmh_ray.source.expand import Found, Target, expand_sources
 from dicmh_ray.source.files import read_files
 from dicmh_ray.source.image import SourceImage, key_text
 from dicmh_ray.source.options import SourceOptions
@@ -115,7 +115,7 @@ def plan_units(
     *,
     options: SourceOptions | None = None,
     known_files: Collection[str] = (),
-    target: str | None = None,
+    target: Target | None = None,
 ) -> list[Unit]:
     """Find everything ``sources`` name and cut it into units; the same answer every time.
 
@@ -124,8 +124,8 @@ def plan_units(
             images and folders; braces and globs are expanded (:mod:`dicmh_ray.source.expand`).
         options: the same object later goes to :func:`read_unit`.
         known_files: URIs of image files that are left out; the keys of the others are as with them.
-        target: address of the archive to be written. Its tables are no sources: the next run would
-            find them where it lies in a folder of its sources.
+        target: what is to be written. The next run would find it where it lies in a folder of its
+            sources.
 
     Returns:
         Units in the order of the arguments; inside one argument, of sorted paths. Image files
